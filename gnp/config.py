@@ -1,0 +1,366 @@
+"""The configuration: defaults, loading, overrides, validation, durations.
+
+A config file is Python that defines `get_config(argument: str = "")`, which returns a
+`ConfigDict` made from `default()`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from gnp.errors import UserError, nearest, unknown
+
+DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adam", "rmsprop", "sgd")
+WEIGHT_DECAYS = ("none", "l2", "coupled", "decoupled", "scheduled")
+LR_SCHEDULES = ("constant", "cosine", "step", "restarts")
+LR_WARMUPS = ("linear", "constant")
+GR_POLICIES = ("off", "none", "r", "lambda", "zero")
+
+
+def default() -> ConfigDict:
+    """The configuration with every field at its default, locked.
+
+    A `placeholder` is a field that is unset (None): for the model's sizes this means the
+    registered ones, for `gr.warmup` that of the learning rate, for `clip_norm` no clipping.
+    """
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "epochs": 80.0,
+            "dtype": "float32",  # of the model's arithmetic; parameters, logits, loss: float32
+            "steps_per_call": 16,  # at most so many steps run in one call of the compiled program
+            "clip_norm": placeholder(float),  # the global norm that gradients are clipped to
+            "model": {
+                "name": "vit_ti",
+                "patch_size": placeholder(int),
+                "width": placeholder(int),
+                "depth": placeholder(int),
+                "num_heads": placeholder(int),
+                "mlp_ratio": placeholder(float),
+                "dropout": placeholder(float),
+                "stochastic_depth": placeholder(float),
+            },
+            "data": {
+                "name": "digits",
+                "data_dir": placeholder(str),  # None: TensorFlow Datasets' own
+                "batch_size": 128,  # over all devices
+                "augment": "none",  # none, basic (= pad_crop,flip), or operations: pad_crop,flip
+                "padding": 4,  # pixels on each side, of pad_crop
+            },
+            "optimizer": {
+                "name": "adam",
+                "b1": 0.9,  # adam
+                "b2": 0.999,  # adam; also of the second moment of scheduled weight decay
+                "eps": 1e-8,  # adam, rmsprop
+                "decay": 0.9,  # rmsprop
+                "momentum": 0.9,  # sgd
+                "nesterov": False,  # sgd
+            },
+            "weight_decay": {"kind": "none", "value": 0.0},
+            "lr": {
+                "base": 1e-3,
+                "schedule": "cosine",
+                "warmup": "0st",
+                "warmup_kind": "linear",
+                "warmup_factor": 0.1,  # of base, during a constant warmup
+                "drops": ("50%", "75%"),  # step: when the rate is multiplied by drop_factor
+                "drop_factor": 0.1,
+                "restart_period": "14ep",  # restarts: T_0
+                "restart_multiplier": 2,  # restarts: T_mult
+            },
+            "gr": {
+                "policy": "off",
+                "radius": 0.1,  # r
+                "ratio": 1.0,  # lambda / r
+                "warmup": placeholder(str),
+            },
+            "mesh": {"data": -1},  # devices that share a batch; -1: all there are
+            "checkpoint": {"every": "10ep", "keep": 2},
+            "log": {"every": "1ep"},
+            "eval": {"every": "1ep", "batch_size": 256},
+        }
+    )
+    return config.lock()
+
+
+# --- Durations ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training: `value` epochs ("ep"), steps ("st") or percent of the run ("%")."""
+
+    value: float
+    unit: str
+
+    def steps(self, steps_per_epoch: float, total_steps: int) -> int:
+        """The duration in steps, to the nearest (at least 1 if the duration is not 0)."""
+        scale = {"ep": steps_per_epoch, "st": 1.0, "%": total_steps / 100}[self.unit]
+        return max(round(self.value * scale), 1) if self.value else 0
+
+
+def parse_duration(text: str) -> Duration:
+    """Reads "40ep" (epochs), "500st" (steps) or "10%" (of the run).
+
+    Raises:
+      UserError: if the text is none of these.
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)(ep|st|%)", str(text))
+    if not match:
+        raise UserError(
+            f"{text!r} is no duration: write epochs as '40ep', steps as '500st' or a share of the "
+            "run as '10%'"
+        )
+    return Duration(float(match[1]), match[2])
+
+
+# --- Loading and overriding ---------------------------------------------------------------------
+
+
+def load(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+    """Runs a config file and applies the command line's overrides.
+
+    Args:
+      path: "configs/file.py", or "configs/file.py:key=value,…" to pass an argument.
+      overrides: pairs of a field's path and its value as text, as ("gr.radius", "0.05").
+
+    Raises:
+      UserError: if there is no such file, field, or value of the field's type.
+    """
+    filename, _, argument = path.partition(":")
+    file = pathlib.Path(filename)
+    if not file.is_file():
+        others = sorted(str(p) for p in file.parent.glob("*.py"))
+        hint = nearest(filename, others) if others else f"no config files in {file.parent}/"
+        raise UserError(f"config file {filename!r} does not exist; {hint}")
+    spec = importlib.util.spec_from_file_location("gnp_config_file", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {filename!r} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {filename!r} does not define get_config(argument)")
+    config = module.get_config(argument)
+    for field, text in overrides:
+        override(config, field, text)
+    return config
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets the field at a dotted path, as "gr.radius", to the value written in `text`.
+
+    "none" unsets a field that may be unset; a tuple's elements are separated by commas.
+
+    Raises:
+      UserError: if there is no such field, or the text is not of the field's type.
+    """
+    *parents, name = field.split(".")
+    node, path = config, "config"
+    for part in [*parents, name]:
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"{path} is a value, it has no field {part!r}")
+        if part not in node:
+            fields = [f"{path}.{key}" for key in node]
+            raise unknown("field", f"{path}.{part}", fields)
+        parent, node, path = node, node[part], f"{path}.{part}"
+    if isinstance(node, ConfigDict):
+        raise UserError(f"{path} is a group; set one of its fields: {', '.join(node)}")
+
+    optional = _flat(default()).get(field, ...) is None
+    if optional and text.lower() == "none":
+        parent[name] = None
+        return
+    kind = parent.get_type(name)
+    parsers: dict[type, tuple[Callable[[str], Any], str]] = {
+        bool: (_parse_bool, "true or false"),
+        int: (int, "a whole number"),
+        float: (float, "a number"),
+        str: (str, "text"),
+        tuple: (lambda t: tuple(x.strip() for x in t.split(",") if x.strip()), "a list a,b,c"),
+    }
+    parse, meaning = parsers[kind]
+    try:
+        parent[name] = parse(text)
+    except ValueError:
+        raise UserError(f"--{path}={text}: {text!r} is not {meaning}") from None
+
+
+def from_json(text: str, *, where: str) -> ConfigDict:
+    """Reads what `config.json` holds; `where` names it in errors.
+
+    Raises:
+      UserError: if it is not the JSON of a configuration.
+    """
+    config = default()
+    try:
+        for field, value in _flat(json.loads(text)).items():
+            if value is not None:
+                config.update_from_flattened_dict({field: value})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{where} is not a configuration of this version: {error}") from None
+    return config
+
+
+def arguments(text: str, **defaults: Any) -> types.SimpleNamespace:
+    """Reads the argument of a config file, "key=value,key=value", with defaults and types.
+
+    >>> arguments("gr=zero,depth=2", gr="off", depth=12, model="vit_ti")
+    namespace(gr='zero', depth=2, model='vit_ti')
+
+    Raises:
+      UserError: if a key has no default (it is unknown), or a value is not of its type.
+    """
+    holder = ConfigDict(defaults)
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in defaults:
+            raise unknown("argument of the config file", key, defaults)
+        if not equals:
+            raise UserError(f"argument {key!r} of the config file has no value; write {key}=…")
+        override(holder, key, value)
+    return types.SimpleNamespace(**holder.to_dict())
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
+
+
+# --- Validation ---------------------------------------------------------------------------------
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks all that can be known without the data and the devices.
+
+    Raises:
+      UserError: for the first value that is impossible, with what would be right.
+    """
+    fields, known = _flat(config), _flat(default())
+    for field in fields:
+        if field not in known:
+            raise unknown("field", f"config.{field}", [f"config.{f}" for f in known])
+    for field in known:
+        if field not in fields:
+            raise UserError(f"config.{field} is missing; start from gnp.config.default()")
+    for field, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{field} is {value}; it must be a finite number")
+
+    from gnp import data, models  # here, so that --help does not wait for JAX
+
+    for field, valid in {
+        "dtype": DTYPES,
+        "model.name": models.list_models(),
+        "data.name": data.list_sources(),
+        "optimizer.name": OPTIMIZERS,
+        "weight_decay.kind": WEIGHT_DECAYS,
+        "lr.schedule": LR_SCHEDULES,
+        "lr.warmup_kind": LR_WARMUPS,
+        "gr.policy": GR_POLICIES,
+    }.items():
+        if fields[field] not in valid:
+            raise unknown(f"config.{field}", fields[field], valid)
+    data.parse_augment(config.data.augment)
+
+    def require(field: str, holds: Callable[[Any], bool], meaning: str) -> None:
+        value = fields[field]
+        if value is not None and not holds(value):
+            raise UserError(f"config.{field} is {value}; it must be {meaning}")
+
+    for field in ("epochs", "clip_norm", "optimizer.eps", "lr.base", "model.mlp_ratio"):
+        require(field, lambda x: x > 0, "above 0")
+    for field in (
+        *("steps_per_call", "data.batch_size", "eval.batch_size", "checkpoint.keep"),
+        *("model.patch_size", "model.width", "model.depth", "model.num_heads"),
+        "lr.restart_multiplier",
+    ):
+        require(field, lambda x: x >= 1, "1 or more")
+    for field in ("weight_decay.value", "gr.radius", "gr.ratio", "data.padding"):
+        require(field, lambda x: x >= 0, "0 or more")
+    for field in (
+        *("optimizer.b1", "optimizer.b2", "optimizer.decay", "optimizer.momentum"),
+        *("model.dropout", "model.stochastic_depth"),
+    ):
+        require(field, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    for field in ("lr.warmup_factor", "lr.drop_factor"):
+        require(field, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    require("seed", lambda x: 0 <= x < 2**31, "from 0 to 2147483647")
+    require("mesh.data", lambda x: x == -1 or x >= 1, "1 or more, or -1 for all devices")
+
+    durations = {
+        field: _parse_field(field, fields[field])
+        for field in (
+            *("lr.warmup", "gr.warmup", "lr.restart_period"),
+            *("checkpoint.every", "log.every", "eval.every"),
+        )
+        if fields[field] is not None
+    }
+    for field in ("lr.restart_period", "checkpoint.every", "log.every", "eval.every"):
+        if not durations[field].value:
+            raise UserError(f"config.{field} is {fields[field]!r}; it must be above 0")
+    for text in config.lr.drops:
+        _parse_field("lr.drops", text)
+    for field, duration in durations.items():
+        length = {"ep": config.epochs, "st": math.inf, "%": 100}[duration.unit]
+        if field.endswith("warmup") and duration.value > length:
+            raise UserError(
+                f"config.{field} is {fields[field]!r}, longer than the run of "
+                f"{config.epochs:g} epochs"
+            )
+
+    gr, decay = config.gr, config.weight_decay
+    if gr.policy != "off" and gr.ratio > 0 and not gr.radius:
+        raise UserError(
+            f"config.gr.ratio is {gr.ratio} but config.gr.radius is 0; set a radius (the paper "
+            "uses 0.05 or 0.1), or config.gr.policy=off"
+        )
+    warms = durations.get("gr.warmup", durations["lr.warmup"]).value > 0
+    if gr.policy in ("r", "lambda", "zero") and not warms:
+        raise UserError(
+            f"config.gr.policy is {gr.policy!r} but there is no warmup; set config.lr.warmup or "
+            "config.gr.warmup (as '10%'), or config.gr.policy=none"
+        )
+    if decay.kind == "none" and decay.value:
+        raise UserError(
+            f"config.weight_decay.value is {decay.value} but config.weight_decay.kind is 'none'; "
+            f"choose a kind ({', '.join(WEIGHT_DECAYS[1:])}), or set the value to 0"
+        )
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields in which two configurations (as nested dicts) differ, a line each."""
+    a, b = _flat(old), _flat(new)
+    return [
+        f"config.{field}: {a.get(field, 'missing')!r} there, {b.get(field, 'missing')!r} here"
+        for field in sorted({*a, *b})
+        if a.get(field, "missing") != b.get(field, "missing")
+    ]
+
+
+def _parse_field(field: str, text: str) -> Duration:
+    try:
+        return parse_duration(text)
+    except UserError as error:
+        raise UserError(f"config.{field}: {error}") from None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields by dotted path; lists as tuples, since JSON has only lists."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, Mapping)):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
+    return flat

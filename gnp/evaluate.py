@@ -1,0 +1,40 @@
+"""python -m gnp.evaluate: the test error and the gradient norm of a checkpoint."""
+
+import json
+import pathlib
+
+from gnp import config as gnp_config
+from gnp.command_line import Parser, run
+from gnp.errors import UserError
+
+
+def main() -> int:
+    """Parses the flags, evaluates, and prints."""
+    parser = Parser("gnp.evaluate", "The error, loss and gradient norm of a run's checkpoint.")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
+    parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flags = parser.parse_args()
+    path = flags.workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{flags.workdir} is not a work directory: it has no config.json")
+    config = gnp_config.from_json(path.read_text(), where=str(path))
+
+    from gnp.training.evaluation import evaluate_checkpoint  # here, since JAX is slow to import
+
+    values = evaluate_checkpoint(config, flags.workdir, step=flags.step)
+    if flags.json:
+        print(json.dumps(values))
+        return 0
+    print(f"{flags.workdir}, step {values['step']}")
+    for split in ("train", "test"):
+        print(
+            f"{split:>6}: error {values[split]['error']:.2%}, loss {values[split]['loss']:.4f}, "
+            f"gradient norm {values[split]['grad_norm']:.4g} "
+            f"({values[split]['num_examples']:,} images)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

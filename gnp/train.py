@@ -1,0 +1,61 @@
+"""python -m gnp.train: trains a model, or continues the run in a work directory."""
+
+import pathlib
+import shlex
+import sys
+
+from gnp import config as gnp_config
+from gnp.command_line import Parser, run
+from gnp.errors import UserError, unknown
+
+DESCRIPTION = """\
+Trains a model, or continues the run in the work directory.
+
+Every field of the configuration can be set, as --config.gr.radius=0.05 or
+--config.lr.warmup=10ep (durations: 40ep epochs, 500st steps, 10% of the run).
+A config file may take an argument: --config=configs/cifar_vit.py:model=vit_s,gr=zero"""
+
+
+def main() -> int:
+    """Parses the flags, trains, and draws the report."""
+    parser = Parser("gnp.train", DESCRIPTION)
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
+    flags, rest = parser.parse_known_args()
+    config = gnp_config.load(flags.config, _overrides(rest))
+    gnp_config.validate(config)
+
+    # Here, so that --help and a typo do not wait for JAX.
+    #from gnp import report
+    from gnp.training import Interrupted, train
+
+    command = shlex.join(["python", "-m", "gnp.train", *sys.argv[1:]])
+    try:
+        result = train(config, flags.workdir, command=command)
+    except Interrupted as stop:
+        print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
+        return 130
+    path=None
+    print(
+        f"test error {result['test']['error']:.2%}, test loss {result['test']['loss']:.4f} "
+        f"after {result['epochs']:g} epochs ({result['steps']} steps) "
+        f"in {result['wall_time']:.0f} s\nreport: {path}"
+    )
+    return 0
+
+
+def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """Pairs of field and text from ["--config.a.b=text", …], in order."""
+    overrides = []
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        if not flag.startswith("--config."):
+            raise unknown("flag", flag, ["--config", "--workdir", "--help"])
+        if not equals:
+            raise UserError(f"{flag} has no value; write {flag}=VALUE")
+        overrides.append((flag.removeprefix("--config."), text))
+    return overrides
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,237 @@
+"""The training loop."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from gnp.config import difference
+from gnp.errors import UserError
+from gnp.training.checkpoint import Checkpoints
+from gnp.training.evaluation import make_evaluate
+from gnp.training.experiment import Experiment, make_experiment
+from gnp.training.files import write_atomically
+from gnp.training.metrics import MetricsWriter, Progress
+from gnp.training.state import MetricSums, mean_metrics, num_params, params_sha256
+from gnp.training.step import make_train_call, make_train_step
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; it is saved at `step` and can be continued."""
+
+    def __init__(self, step: int, total_steps: int):
+        super().__init__(f"stopped at step {step} of {total_steps}")
+        self.step, self.total_steps = step, total_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+    """What was asked of the device and not yet waited for."""
+
+    step: int
+    num_steps: int
+    sums: MetricSums
+    log: bool
+    test: MetricSums | None
+
+
+def train(
+    config: ConfigDict, workdir: str | pathlib.Path, *, command: str | None = None
+) -> dict[str, Any]:
+    """Trains a model, or continues or completes the run in a work directory.
+
+    The work directory then holds `config.json`, `metrics.jsonl`, TensorBoard events,
+    `checkpoints/` and, when the run has ended, `result.json`. A run that was interrupted anywhere
+    and is started again ends with the parameters of one that was not, bit for bit (on the same
+    machine and number of devices).
+
+    Args:
+      config: made from `gnp.config.default()`.
+      workdir: the run's directory; made if it is not there.
+      command: the command line, to be noted in `result.json`.
+
+    Returns:
+      What `result.json` holds: "test" and "train" (the last values of the metrics), "steps",
+      "epochs", "wall_time" (seconds), "num_params", "params_sha256", "devices", "command".
+
+    Raises:
+      UserError: for a configuration that is wrong, or another one than the directory's run has.
+      Interrupted: on the first Ctrl-C or SIGTERM, when the state is saved. A second one ends the
+        process at once.
+    """
+    experiment = make_experiment(config)
+    workdir = pathlib.Path(workdir)
+    _claim(workdir, config)
+    result_path = workdir / "result.json"
+    if result_path.exists():
+        return json.loads(result_path.read_text())
+
+    began = time.monotonic()
+    data = experiment.load_data()
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    step = checkpoints.latest_step() or 0
+    state = checkpoints.restore(experiment.abstract_state()) if step else experiment.init()
+    writer = MetricsWriter(workdir, step=step)
+    log_every, eval_every, save_every = (
+        experiment.steps(duration)
+        for duration in (config.log.every, config.eval.every, config.checkpoint.every)
+    )
+    total_steps, batch_size = experiment.total_steps, config.data.batch_size
+
+    train_step = make_train_step(
+        experiment.model, experiment.optimizer, seed=config.seed, log_every=log_every
+    )
+    max_steps = min(config.steps_per_call, total_steps)
+    train_call = make_train_call(
+        train_step, data.train_batches, max_steps=max_steps, mesh=experiment.mesh
+    )
+    evaluate = make_evaluate(experiment.model, data.eval_batches["test"], experiment.mesh)
+    # Compiled ahead, so that the loop's first step is like any other.
+    train_call = train_call.lower(state, data.arrays["train"], max_steps).compile()
+    evaluate = evaluate.lower(state, data.arrays["test"]).compile()
+
+    progress = Progress(
+        total_steps=total_steps, steps_per_epoch=experiment.steps_per_epoch, step=step
+    )
+    progress.say(_summary(experiment, num_params(state.params), time.monotonic() - began, step))
+    wall_time_before = writer.wall_time
+    training_seconds, training_steps = 0.0, 0
+    device_free = time.monotonic()
+
+    def write(split: str, step: int, values: dict[str, float | None]) -> None:
+        row = {
+            "step": step,
+            "epoch": step / experiment.steps_per_epoch,
+            "wall_time": wall_time_before + time.monotonic() - began,
+            "split": split,
+            **values,
+        }
+        writer.write(row)
+        progress.show(row)
+
+    def finish(call: _Dispatched) -> None:
+        """Waits for a call and writes what it has to say."""
+        nonlocal training_seconds, training_steps, device_free
+        jax.block_until_ready(call.sums)
+        now = time.monotonic()
+        training_seconds, training_steps = training_seconds + now - device_free, training_steps + call.num_steps
+        progress.advance(call.step)
+        if call.log:
+            rate = training_steps * batch_size / training_seconds
+            write("train", call.step, mean_metrics(call.sums) | {"images_per_second": rate})
+            training_seconds, training_steps = 0.0, 0
+        if call.test is not None:
+            write("test", call.step, mean_metrics(call.test))
+            now = time.monotonic()
+        device_free = now
+
+    def save() -> None:
+        nonlocal device_free
+        writer.sync()
+        checkpoints.save(step, state)
+        device_free = time.monotonic()
+
+    with contextlib.closing(progress), contextlib.closing(writer), _stop_requests() as stop:
+        # The device always has the next call to do while the host writes what the last one did.
+        waiting: _Dispatched | None = None
+        while step < total_steps:
+            until = min(
+                step + max_steps,
+                total_steps,
+                *((step // every + 1) * every for every in (log_every, eval_every, save_every)),
+            )
+            num_steps, step = until - step, until
+            state, sums = train_call(state, data.arrays["train"], num_steps)
+            last = step == total_steps
+            test = evaluate(state, data.arrays["test"]) if last or step % eval_every == 0 else None
+            if waiting is not None:
+                finish(waiting)
+            waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0, test)
+            if last or step % save_every == 0 or stop.is_set():
+                finish(waiting)
+                waiting = None
+                save()
+            if stop.is_set() and not last:
+                checkpoints.close()
+                raise Interrupted(step, total_steps)
+        checkpoints.close()
+        result = {
+            "steps": total_steps,
+            "epochs": total_steps / experiment.steps_per_epoch,
+            "wall_time": wall_time_before + time.monotonic() - began,
+            "train": writer.last["train"],
+            "test": writer.last["test"],
+            "num_params": num_params(state.params),
+            "params_sha256": params_sha256(state.params),
+            "devices": _devices(experiment),
+            "command": command,
+        }
+    write_atomically(result_path, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Makes the work directory this configuration's, or says why it cannot be."""
+    path = workdir / "config.json"
+    text = json.dumps(config.to_dict(), indent=2)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            changed = difference(json.loads(path.read_text()), json.loads(text))
+            if changed:
+                raise UserError(
+                    f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
+                    "choose another --workdir, or the same configuration to continue it"
+                )
+        else:
+            write_atomically(path, text + "\n")
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is damaged; choose another --workdir") from None
+    except OSError as error:
+        raise UserError(f"cannot write the work directory {workdir}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second acts as if there were none."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested  # only the main thread may handle signals
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
+
+    def handle(number: int, frame: Any) -> None:
+        requested.set()
+        signal.signal(number, before[signals.index(signal.Signals(number))])
+
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield requested
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _summary(experiment: Experiment, params: int, seconds: float, step: int) -> str:
+    counts = experiment.source.num_examples
+    begin = f"continues at step {step} of" if step else "0 of"
+    return (
+        f"{experiment.config.model.name} ({params:,} parameters) on {experiment.source.name} "
+        f"({counts['train']:,} training and {counts['test']:,} test images), "
+        f"{_devices(experiment)}; ready in {seconds:.1f} s; step {begin} {experiment.total_steps}"
+    )
+
+
+def _devices(experiment: Experiment) -> str:
+    devices = experiment.mesh.devices.flat
+    return f"{devices[0].device_kind} × {experiment.mesh.devices.size}"

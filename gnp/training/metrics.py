@@ -1,0 +1,120 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard events, and the terminal."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from gnp.training.files import write_atomically
+
+Row = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.jsonl` and to TensorBoard events.
+
+    A row is {"step", "epoch", "wall_time" (seconds), "split" ("train" or "test"), values…}.
+    Opened at a step, it first drops the rows after it, which a continued run makes again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, step: int):
+        from tensorboardX import SummaryWriter  # here, since it is slow to import
+
+        path = workdir / "metrics.jsonl"
+        self.last: dict[str, Row] = {}  # the newest row of each split
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that was being written when the process was killed
+            if row["step"] <= step:
+                kept.append(line + "\n")
+                self.last[row["split"]] = row
+        write_atomically(path, "".join(kept))
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
+
+    @property
+    def wall_time(self) -> float:
+        """Seconds that the run had taken at the newest row."""
+        return max((row["wall_time"] for row in self.last.values()), default=0.0)
+
+    def write(self, row: Row) -> None:
+        """Appends a row."""
+        self.last[row["split"]] = row
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if isinstance(value, float) and name != "wall_time":
+                self._events.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def sync(self) -> None:
+        """Returns when all rows are on the disk, which a checkpoint must not precede."""
+        os.fsync(self._file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        """Writes what is buffered and closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+class Progress:
+    """Live progress on standard error: a bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, *, total_steps: int, steps_per_epoch: float, step: int):
+        from tqdm import tqdm
+
+        self._total, self._per_epoch = total_steps, steps_per_epoch
+        self._epochs = total_steps / steps_per_epoch
+        self._first, self._begin = step, time.monotonic()
+        self._shown: dict[str, str] = {}
+        self._bar = (
+            tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def advance(self, step: int) -> None:
+        """Says that the run has reached `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, row: Row) -> None:
+        """Shows the newest values."""
+        if row["split"] == "test":
+            self._shown["test error"] = f"{row['error']:.2%}"
+        else:
+            self._shown |= {
+                "loss": f"{row['loss']:.4f}",
+                "error": f"{row['error']:.2%}",
+                "lr": f"{row['learning_rate']:.2e}",
+                "grad": f"{row['grad_norm']:.3g}",
+            }
+            if row.get("ratio") is not None:
+                self._shown["r"] = f"{row['radius']:.3g}"
+                self._shown["ratio"] = f"{row['ratio']:.3g}"
+            self._shown["images/s"] = f"{row['images_per_second']:,.0f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown)
+        elif row["split"] == "train":
+            values = "  ".join(f"{name} {text}" for name, text in self._shown.items())
+            place = f"epoch {row['epoch']:.1f}/{self._epochs:.1f}  step {row['step']}/{self._total}"
+            done = (row["step"] - self._first) / max(self._total - self._first, 1)
+            left = (time.monotonic() - self._begin) * (1 / max(done, 1e-9) - 1)
+            self.say(f"{place}  {values}  eta {left:.0f} s")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,68 @@
+"""What a train step takes and returns, and a checkpoint holds."""
+
+import hashlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+# name → (sum of values · weights, sum of weights), float32 scalars, since the last log line.
+MetricSums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The whole state of a run. With the seed and `step` it determines all that follows.
+
+    Attributes:
+      step: updates made, int32 scalar.
+      params: the model's parameters, float32.
+      model_state: the model's other variables, such as BatchNorm's running statistics.
+      opt_state: the optimizer's.
+      metrics: sums of the training metrics since the last log line.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: optax.OptState
+    metrics: MetricSums
+
+
+def num_params(params: Any) -> int:
+    """The number of parameters."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the parameters' bytes, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def add_metrics(sums: MetricSums, values: MetricSums, *, restart: jax.Array) -> MetricSums:
+    """Adds (value, weight) pairs to the sums, which begin anew where `restart` is true."""
+
+    def add(total: jax.Array, term: jax.Array) -> jax.Array:
+        return jnp.where(restart, 0, total) + term
+
+    return {
+        name: (add(sums[name][0], value * weight), add(sums[name][1], weight))
+        for name, (value, weight) in values.items()
+    }
+
+
+def mean_metrics(sums: MetricSums) -> dict[str, float | None]:
+    """The weighted means, on the host; None where there was no value."""
+    return {
+        name: float(total) / float(weight) if weight else None
+        for name, (total, weight) in jax.device_get(sums).items()
+    }

@@ -1,0 +1,137 @@
+"""Scheduled weight decay.
+
+Reference: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them: A
+Gradient-Norm Perspective", NeurIPS 2023 (arXiv:2011.11152), Eq. 9 and Algorithm 2.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class ScheduledWeightDecayState(NamedTuple):
+    """The number of updates made, the mean of v (not bias-corrected), and the inner state."""
+
+    count: jax.Array
+    mean_nu: jax.Array
+    inner_state: optax.OptState
+
+
+def scheduled_weight_decay(
+    inner: optax.GradientTransformation,
+    weight_decay: float | jax.Array,
+    *,
+    b2: float | jax.Array = 0.999,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Decoupled weight decay that is scaled by the inverse root of the mean second moment.
+
+    With the base optimizer's direction :math:`u_t` (for Adam,
+    :math:`\hat m_t / (\sqrt{\hat v_t} + \epsilon)`), it returns :math:`u_t + \lambda \theta_{t-1}
+    / \sqrt{\bar v_t}`, so that after the learning rate
+
+    .. math::
+      \theta_t = \theta_{t-1} - \eta_t u_t - \eta_t \lambda \frac{\theta_{t-1}}{\sqrt{\bar v_t}},
+      \qquad \bar v_t = \operatorname{mean}(\hat v_t),
+
+    where the mean is over all elements of all parameters and
+    :math:`\hat v_t = v_t / (1 - \beta_2^t)`, :math:`v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2`.
+    The mean is linear, so :math:`\bar v` is the bias-corrected moving average of
+    :math:`\operatorname{mean}(g^2)`: one scalar of state, whatever the base optimizer keeps.
+    A zero :math:`\bar v` decays nothing.
+
+    Cost: one gradient a step. Put `scale_by_learning_rate` after it, and clipping before it.
+
+    Args:
+      inner: the base optimizer without its learning rate, as `optax.scale_by_adam()`.
+      weight_decay: :math:`\lambda`; the papers' is 5e-4, the L2 strength of the same recipe.
+      b2: :math:`\beta_2`, that of the base optimizer where it has one.
+      mask: a tree of booleans of the parameters' structure (or a function that makes it from
+        the parameters) that says what decays. :math:`\bar v` is over all parameters in any case.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`; extra arguments go to `inner`.
+
+    Raises:
+      ValueError: if `weight_decay` is negative, or if `update` is called without `params`.
+
+    Reference:
+      Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them",
+      NeurIPS 2023, Eq. 9 and Algorithm 2.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from gnp import transforms
+    >>> tx = transforms.scheduled_weight_decay(optax.identity(), 0.1)
+    >>> params = jnp.array([1.0, 2.0])
+    >>> updates, _ = tx.update(jnp.array([0.0, 0.5]), tx.init(params), params)
+    >>> factor = 1 / jnp.sqrt((0.0**2 + 0.5**2) / 2)  # 1 / sqrt(mean(g^2)) at the first step
+    >>> bool(jnp.allclose(updates, jnp.array([0.0, 0.5]) + 0.1 * factor * params))
+    True
+    """
+    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay < 0:
+        raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> ScheduledWeightDecayState:
+        dtype = _wide_dtype(params)
+        return ScheduledWeightDecayState(
+            jnp.zeros((), jnp.int32), jnp.zeros((), dtype), inner.init(params)
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScheduledWeightDecayState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScheduledWeightDecayState]:
+        if params is None:
+            raise ValueError(
+                "scheduled_weight_decay decays the parameters: call update(grads, state, params)"
+            )
+        t = optax.safe_increment(state.count)
+        dtype = state.mean_nu.dtype
+        mean_nu = (b2 * state.mean_nu + (1 - b2) * _mean_square(updates, dtype)).astype(dtype)
+        factor = decay_factor(mean_nu, t, b2)
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+
+        def decayed(update: jax.Array, param: jax.Array) -> jax.Array:
+            decay = (weight_decay * factor).astype(dtype) * param.astype(dtype)
+            return (update.astype(dtype) + decay).astype(update.dtype)
+
+        decay_tree = mask(params) if callable(mask) else mask
+        if decay_tree is None:
+            updates = jax.tree.map(decayed, updates, params)
+        else:
+            updates = jax.tree.map(
+                lambda decays, u, p: decayed(u, p) if decays else u, decay_tree, updates, params
+            )
+        return updates, ScheduledWeightDecayState(t, mean_nu, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def decay_factor(mean_nu: jax.Array, t: jax.Array, b2: float | jax.Array) -> jax.Array:
+    r"""The factor :math:`1 / \sqrt{\bar v_t}` of the decay; 0 where :math:`\bar v_t` is 0.
+
+    Args:
+      mean_nu: the mean of :math:`v_t`, before bias correction, a scalar.
+      t: the number of updates made.
+      b2: :math:`\beta_2`.
+    """
+    corrected = mean_nu / (1 - jnp.asarray(b2, mean_nu.dtype) ** t)
+    positive = corrected > 0
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, corrected, 1)), 0)
+
+
+def _wide_dtype(tree: Any) -> Any:
+    """The dtype of the tree's leaves, float32 at least."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+
+
+def _mean_square(tree: Any, dtype: Any) -> jax.Array:
+    leaves = jax.tree.leaves(tree)
+    total = sum((jnp.sum(jnp.square(x.astype(dtype))) for x in leaves), jnp.zeros((), dtype))
+    return total / max(sum(x.size for x in leaves), 1)
