@@ -22,7 +22,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.num_heads = 3
 
     config.data.name = "digits"
-    config.data.batch_size = 64
+    config.data.batch_size = 32
     config.data.augment = "pad_crop"
     config.data.padding = 1
 

@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -229,6 +229,16 @@ def arguments(text: str, **defaults: Any) -> types.SimpleNamespace:
             raise UserError(f"argument {key!r} of the config file has no value; write {key}=…")
         override(holder, key, value)
     return types.SimpleNamespace(**holder.to_dict())
+
+
+def choose(argument: str, value: str, valid: Sequence[str]) -> None:
+    """Checks that an argument of a config file has one of the valid values.
+
+    Raises:
+      UserError: if it has not, with the nearest valid one.
+    """
+    if value not in valid:
+        raise unknown(f"{argument} in the argument of the config file", value, valid)
 
 
 def _parse_bool(text: str) -> bool:

@@ -54,7 +54,7 @@ _PANELS = (
     ),
     _Panel(
         "Gradient norm",
-        "First gradient, at θ; perturbed one, at θ + ε.",
+        "Of the first gradient and, if any, the perturbed one.",
         figures.gradient_norm,
         (("train", "grad_norm", "at θ"), ("train", "perturbed_grad_norm", "at θ + ε")),
     ),
@@ -111,7 +111,8 @@ def write(workdir: str | os.PathLike[str], command: str | None = None) -> pathli
     path = run.workdir / "report.html"
     page = _page(run, command)
     try:
-        path.write_text(page, encoding="utf-8", newline="\n")
+        # Half a surrogate pair, as in a file name that is not UTF-8, has no encoding.
+        path.write_text(page, encoding="utf-8", errors="replace", newline="\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     return path
@@ -178,9 +179,8 @@ def _summary(run: runs.Run) -> str:
     if run.setting("weight_decay.kind") not in (None, "none"):
         decay = f"{setting('weight_decay.kind')} weight decay {setting('weight_decay.value')}"
     length = f"{setting('epochs')} epochs, batch size {setting('data.batch_size')}"
-    return " · ".join(
-        (gr, setting("optimizer.name"), rate, decay, length, f"seed {setting('seed')}")
-    )
+    parts = (gr, setting("optimizer.name"), rate, decay, length, f"seed {setting('seed')}")
+    return f"{_SPACE}· ".join(parts)
 
 
 def _numbers(run: runs.Run) -> Iterator[str]:
@@ -402,6 +402,7 @@ code, td { font: .875rem/1.5 ui-monospace, monospace; }
 pre { margin: 0; padding: .8rem; border-radius: .5rem; background: var(--tint);
   white-space: pre-wrap; }
 pre span { display: inline-block; }
+pre + p { margin-top: .5rem; }
 @media print {
   body { padding: 0; font-size: .8rem; }
   .grid { grid-template-columns: repeat(2, 1fr); }

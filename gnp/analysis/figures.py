@@ -51,7 +51,6 @@ _STYLE: Any = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "lines.markersize": 4,
-    "path.simplify_threshold": 0.5,
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -109,7 +108,7 @@ def regularization(run: Run) -> Figure:
     figure = Figure()
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, key, label in ((upper, "radius", "radius r"), (lower, "ratio", "ratio λ/r")):
-        # A row tells the mean since the row before it, so "zero" must step up where the warmup ends.
+        # A row tells the mean since the row before: a value switched on in between is a step up.
         _draw(axes, run, "train", key, color=GREEN, linewidth=2.0, drawstyle="steps-pre")
         axes.set_ylabel(label)
         top = _top(axes)
@@ -163,6 +162,7 @@ def error_curves(runs: Mapping[str, Run | Sequence[Run]]) -> Figure:
             std = 100 * errors.std(axis=0, ddof=1)
             axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
             last += f" ± {std[-1]:.2f}"
+        spacing = max(1, len(epochs) // 8)
         axes.plot(
             epochs,
             mean,
@@ -170,7 +170,7 @@ def error_curves(runs: Mapping[str, Run | Sequence[Run]]) -> Figure:
             color=color,
             linestyle=_DASHES[index % len(_DASHES)],
             marker=_MARKERS[index % len(_MARKERS)],
-            markevery=(index, max(1, len(epochs) // 8)),
+            markevery=(index % spacing, spacing),  # so that those of close lines lie side by side
         )
     axes.set(xlabel="epoch", ylabel="test error (%)")
     _scale_y(axes)
@@ -195,9 +195,9 @@ def _draw(axes: Axes, run: Run, split: str, key: str, scale: float = 1.0, **styl
     if key in _NOISY and len(values) > 120:
         axes.plot(epochs, values, color=style["color"], linewidth=0.8, alpha=0.35)
         values = _running_mean(values, len(values) // 40)
-    # Few values are all marked, since one between gaps is not seen as a line.
-    few = np.isfinite(values).sum() < 8
-    style |= {"marker": "o", "markevery": 1} if few else {"markevery": max(1, len(values) // 8)}
+    style["markevery"] = max(1, len(values) // 8)
+    if np.isfinite(values).sum() < 8:  # marks all of few, since one between gaps makes no line
+        style |= {"marker": "o", "markevery": 1, "clip_on": False}
     axes.plot(epochs, values, **style)
 
 
@@ -213,8 +213,8 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 def _values(axes: Axes) -> np.ndarray:
     """All finite values drawn."""
     values = [np.asarray(line.get_ydata(), np.float64) for line in axes.lines]
-    together: np.ndarray = np.concatenate([np.empty(0), *values])
-    return together[np.isfinite(together)]
+    together = np.concatenate([np.empty(0), *values])
+    return np.extract(np.isfinite(together), together)
 
 
 def _top(axes: Axes) -> float:
@@ -240,7 +240,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], run: Run, warmup: float) -> 
     for axes in panels:
         axes.set_xlim(0, run.last[1] or 1)
         if warmup > 0:
-            axes.axvspan(0, warmup, color=INK, alpha=0.1, linewidth=0, zorder=0, gid="warmup")
+            axes.axvspan(0, warmup, color=INK, alpha=0.1, linewidth=0, zorder=0, label="_warmup")
     first, last = panels[0], panels[-1]
     last.set_xlabel("epoch")
     if warmup > 0:

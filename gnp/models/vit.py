@@ -35,9 +35,9 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = nn.Dense(
-            3 * width, kernel_init=_xavier_per_projection, dtype=self.dtype, name="qkv"
-        )(x)
+        qkv = nn.Dense(3 * width, kernel_init=_xavier_per_projection, dtype=self.dtype, name="qkv")(
+            x
+        )
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         x = jax.nn.dot_product_attention(query, key, value).reshape(batch, tokens, width)

@@ -82,9 +82,7 @@ class Experiment:
         )
 
     def _init(self) -> TrainState:
-        return init_state(
-            self.model, self.optimizer, self.source.image_shape, self.config.seed
-        )
+        return init_state(self.model, self.optimizer, self.source.image_shape, self.config.seed)
 
 
 @dataclasses.dataclass(frozen=True)

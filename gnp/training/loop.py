@@ -122,7 +122,10 @@ def train(
         nonlocal training_seconds, training_steps, device_free
         jax.block_until_ready(call.sums)
         now = time.monotonic()
-        training_seconds, training_steps = training_seconds + now - device_free, training_steps + call.num_steps
+        training_seconds, training_steps = (
+            training_seconds + now - device_free,
+            training_steps + call.num_steps,
+        )
         progress.advance(call.step)
         if call.log:
             rate = training_steps * batch_size / training_seconds

@@ -48,9 +48,7 @@ class Optimizer:
 
 def build(config: ConfigDict, *, steps_per_epoch: float, total_steps: int) -> Optimizer:
     """Makes the optimizer of a validated configuration."""
-    schedule = learning_rate(
-        config.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps
-    )
+    schedule = learning_rate(config.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     parts: list[optax.GradientTransformation] = []
     if config.gr.policy != "off":
         warmup = parse_duration(config.gr.warmup or config.lr.warmup)
