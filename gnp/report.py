@@ -54,7 +54,7 @@ _PANELS = (
     ),
     _Panel(
         "Gradient norm",
-        "Of the first gradient and, if any, the perturbed one.",
+        "Of the first and, if any, the perturbed gradient.",
         figures.gradient_norm,
         (("train", "grad_norm", "at θ"), ("train", "perturbed_grad_norm", "at θ + ε")),
     ),
@@ -250,12 +250,12 @@ def _inline_svg(figure: Figure, name: str, label: str) -> str:
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     namespace = "{http://www.w3.org/2000/svg}"
     for parent in list(root.iter()):
         for child in list(parent):
-            # A <style> would apply to the whole page; the metadata says only who drew the figure.
+            # A <style> would apply to the whole page; the metadata says who drew the figure, and when.
             if child.tag in (f"{namespace}metadata", f"{namespace}style"):
                 parent.remove(child)
     for element in root.iter():

@@ -26,7 +26,7 @@ def main() -> int:
     gnp_config.validate(config)
 
     # Here, so that --help and a typo do not wait for JAX.
-    # from gnp import report
+    from gnp import report
     from gnp.training import Interrupted, train
 
     command = shlex.join(["python", "-m", "gnp.train", *sys.argv[1:]])
@@ -35,7 +35,7 @@ def main() -> int:
     except Interrupted as stop:
         print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
         return 130
-    path = None
+    path = report.write(flags.workdir, command=command)
     print(
         f"test error {result['test']['error']:.2%}, test loss {result['test']['loss']:.4f} "
         f"after {result['epochs']:g} epochs ({result['steps']} steps) "

@@ -115,9 +115,9 @@ class Page(html.parser.HTMLParser):
         return self.texts["h3"]
 
 
-@pytest.fixture
-def page(tmp_path):
-    return Page(report.write(make(tmp_path / "run")))
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return Page(report.write(make(tmp_path_factory.mktemp("page") / "run")))
 
 
 def test_the_report_lies_in_the_work_directory(tmp_path):
@@ -259,6 +259,7 @@ def test_a_run_that_has_logged_nothing(tmp_path):
     page = Page(report.write(make(tmp_path, rows_=[], result=None)))
     assert "Nothing has been logged yet." in page.texts["p"]
     assert "not finished: at epoch 0 of 10" in page.texts["p"] and page.all("svg") == []
+    assert "diverged" not in page.text()
 
 
 def test_one_row_is_seen_as_a_marker(tmp_path):
@@ -271,6 +272,7 @@ def test_one_row_is_seen_as_a_marker(tmp_path):
             assert line.get_marker() == "o" and line.get_markevery() == 1
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("bad", [float("nan"), None, float("inf"), -float("inf")])
 def test_values_that_are_not_finite_leave_gaps(tmp_path, bad):
     broken = [
@@ -290,10 +292,12 @@ def test_values_that_are_not_finite_leave_gaps(tmp_path, bad):
     assert numbers and not any("nan" in path or "inf" in path for path in numbers)
 
 
-def test_all_values_missing_leaves_the_figure_out(tmp_path):
-    none = [row | ({"swd_factor": None} if row["split"] == "train" else {}) for row in rows()]
-    page = Page(report.write(make(tmp_path, rows_=none)))
+def test_a_metric_without_any_value_leaves_no_trace(tmp_path):
+    none = {"swd_factor": None, "perturbed_grad_norm": None}
+    missing = [row | (none if row["split"] == "train" else {}) for row in rows()]
+    page = Page(report.write(make(tmp_path, rows_=missing)))
     assert "Scheduled weight decay" not in page.titles() and len(page.titles()) == 6
+    assert "at θ" in page.texts["text"] and "at θ + ε" not in page.texts["text"]
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):

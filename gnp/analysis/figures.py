@@ -191,7 +191,7 @@ def _draw(axes: Axes, run: Run, split: str, key: str, scale: float = 1.0, **styl
     if not run.has(split, key):
         return
     epochs, values = run.series(split, key)
-    values = scale * values
+    values = np.where(np.isfinite(values), scale * values, np.nan)  # an infinity has no place
     if key in _NOISY and len(values) > 120:
         axes.plot(epochs, values, color=style["color"], linewidth=0.8, alpha=0.35)
         values = _running_mean(values, len(values) // 40)

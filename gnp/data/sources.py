@@ -160,7 +160,7 @@ def _open_tfds(name: str, data_dir: str | None) -> Source:
     if records is None and _read_cache(cache, source) is None:
         raise UserError(
             f"{name} in {folder} is stored as TFRecord, which needs TensorFlow to be read: "
-            f"pip install 'gnp[tf]', or convert it where TensorFlow is installed: "
+            f"pip install tensorflow, or convert it where TensorFlow is installed: "
             f"{_prepare_command(builder, 'NEW_DIR')}, and set data_dir to NEW_DIR"
         )
     return source
@@ -267,7 +267,7 @@ def _download(builder: Any) -> None:
     if not _has_tensorflow():
         raise UserError(
             f"{name} is not in {root} (no {folder}), and downloading it needs TensorFlow: "
-            f"pip install 'gnp[tf]' and run this again, or run elsewhere: {elsewhere}"
+            f"pip install tensorflow and run this again, or run elsewhere: {elsewhere}"
         )
     for url in _urls_to_download(builder):
         if not _is_reachable(url):

@@ -4,6 +4,7 @@ Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for 
 at Scale", ICLR 2021 (arXiv:2010.11929).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -35,14 +36,12 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = nn.Dense(3 * width, kernel_init=_xavier_per_projection, dtype=self.dtype, name="qkv")(
-            x
-        )
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        qkv = dense(3 * width, kernel_init=_xavier_per_projection, name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         x = jax.nn.dot_product_attention(query, key, value).reshape(batch, tokens, width)
-        xavier = nn.initializers.xavier_uniform()
-        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="proj")(x)
+        return dense(width, kernel_init=nn.initializers.xavier_uniform(), name="proj")(x)
 
 
 class Mlp(nn.Module):
@@ -54,15 +53,16 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        init = {
-            "kernel_init": nn.initializers.xavier_uniform(),
-            "bias_init": nn.initializers.normal(1e-6),
-        }
+        dense = functools.partial(
+            nn.Dense,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(1e-6),
+            dtype=self.dtype,
+        )
         width = x.shape[-1]
-        x = nn.Dense(self.hidden, dtype=self.dtype, name="fc1", **init)(x)
-        x = nn.gelu(x, approximate=False)
+        x = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(width, dtype=self.dtype, name="fc2", **init)(x)
+        return dense(width, name="fc2")(x)
 
 
 class Block(nn.Module):

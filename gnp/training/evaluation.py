@@ -1,7 +1,6 @@
 """Loss, error and gradient norm over a whole data set."""
 
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,9 +18,7 @@ from gnp.training.state import MetricSums, TrainState, mean_metrics
 from gnp.training.step import cross_entropy, misclassified
 
 
-def make_evaluate(
-    model: nn.Module, batches: EvalBatches, mesh: Mesh
-) -> Callable[[TrainState, Batch], MetricSums]:
+def make_evaluate(model: nn.Module, batches: EvalBatches, mesh: Mesh) -> jax.stages.Wrapped:
     """Compiles `(state, data) -> sums` of the loss and the error over all examples."""
 
     def evaluate(state: TrainState, data: Batch) -> MetricSums:
@@ -38,9 +35,7 @@ def make_evaluate(
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
 
-def make_grad_norm(
-    model: nn.Module, batches: EvalBatches, mesh: Mesh
-) -> Callable[[TrainState, Batch], jax.Array]:
+def make_grad_norm(model: nn.Module, batches: EvalBatches, mesh: Mesh) -> jax.stages.Wrapped:
     """Compiles `(state, data) ->` the norm of the gradient of the mean loss over all examples.
 
     ‖∇ (1/N) Σᵢ Lᵢ(θ)‖, a float32 scalar, with the model as in evaluation: no augmentation, no
@@ -64,7 +59,9 @@ def make_grad_norm(
 
 def _logits(model: nn.Module, state: TrainState, params: Any, batch: Batch) -> jax.Array:
     variables = {"params": params, **state.model_state}
-    return model.apply(variables, batch["image"], train=False)
+    logits = model.apply(variables, batch["image"], train=False)
+    assert isinstance(logits, jax.Array)  # no collection is mutable
+    return logits
 
 
 def evaluate_checkpoint(

@@ -90,13 +90,17 @@ def train(
         experiment.model, experiment.optimizer, seed=config.seed, log_every=log_every
     )
     max_steps = min(config.steps_per_call, total_steps)
-    train_call = make_train_call(
-        train_step, data.train_batches, max_steps=max_steps, mesh=experiment.mesh
-    )
-    evaluate = make_evaluate(experiment.model, data.eval_batches["test"], experiment.mesh)
     # Compiled ahead, so that the loop's first step is like any other.
-    train_call = train_call.lower(state, data.arrays["train"], max_steps).compile()
-    evaluate = evaluate.lower(state, data.arrays["test"]).compile()
+    train_call = (
+        make_train_call(train_step, data.train_batches, max_steps=max_steps, mesh=experiment.mesh)
+        .lower(state, data.arrays["train"], max_steps)
+        .compile()
+    )
+    evaluate = (
+        make_evaluate(experiment.model, data.eval_batches["test"], experiment.mesh)
+        .lower(state, data.arrays["test"])
+        .compile()
+    )
 
     progress = Progress(
         total_steps=total_steps, steps_per_epoch=experiment.steps_per_epoch, step=step
@@ -122,10 +126,8 @@ def train(
         nonlocal training_seconds, training_steps, device_free
         jax.block_until_ready(call.sums)
         now = time.monotonic()
-        training_seconds, training_steps = (
-            training_seconds + now - device_free,
-            training_steps + call.num_steps,
-        )
+        training_seconds += now - device_free
+        training_steps += call.num_steps
         progress.advance(call.step)
         if call.log:
             rate = training_steps * batch_size / training_seconds

@@ -104,7 +104,7 @@ def learning_rate(
       :math:`T_0 T_{mult}^i` steps (Loshchilov & Hutter, 2017).
 
     Returns:
-      A function from an integer scalar to a float32 scalar.
+      A function from an integer scalar to a float scalar of JAX's default precision.
     """
 
     def steps(text: str) -> int:
@@ -124,18 +124,18 @@ def learning_rate(
         if config.schedule == "cosine":
             return _half_cosine((count - warmup_steps) / remaining)
         if config.schedule == "step":
-            return config.drop_factor ** jnp.sum(count >= drops).astype(jnp.float32)
+            return config.drop_factor ** jnp.sum(count >= drops)
         if config.schedule == "restarts":
             i = jnp.clip(jnp.searchsorted(starts, count, side="right") - 1, 0, len(starts) - 2)
             return _half_cosine((count - starts[i]) / (starts[i + 1] - starts[i]))
-        return jnp.ones((), jnp.float32)
+        return jnp.ones(())
 
     def schedule(count: jax.Array) -> jax.Array:
         count = jnp.asarray(count)
         factor = after_warmup(count)
         if warmup_steps:
-            ramp = (count + 1).astype(jnp.float32) / warmup_steps
-            warm = config.warmup_factor if config.warmup_kind == "constant" else ramp
+            constant = config.warmup_kind == "constant"
+            warm = config.warmup_factor if constant else (count + 1) / warmup_steps
             factor = jnp.where(count < warmup_steps, warm, factor)
         return config.base * factor
 

@@ -96,7 +96,7 @@ def make_train_call(
     *,
     max_steps: int,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch, int], tuple[TrainState, MetricSums]]:
+) -> jax.stages.Wrapped:
     """Compiles up to `max_steps` train steps into one call, `(state, data, num_steps)`.
 
     `num_steps` is not a constant of the program: calls of every length run the same compiled

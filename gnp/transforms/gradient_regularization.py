@@ -11,13 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ScalarOrSchedule = float | jax.Array | optax.Schedule
-
 
 class GradientRegularizationState(NamedTuple):
     """The number of updates made, and what the last one did (float32 scalars, to be plotted)."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which no state needs
     radius: jax.Array
     ratio: jax.Array
     grad_norm: jax.Array
@@ -25,7 +23,7 @@ class GradientRegularizationState(NamedTuple):
 
 
 def gradient_regularization(
-    radius: ScalarOrSchedule, ratio: ScalarOrSchedule
+    radius: optax.ScalarOrSchedule, ratio: optax.ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     r"""Penalises the norm of the gradient.
 

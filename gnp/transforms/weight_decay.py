@@ -15,7 +15,7 @@ import optax
 class ScheduledWeightDecayState(NamedTuple):
     """The number of updates made, the mean of v (not bias-corrected), and the inner state."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which no state needs
     mean_nu: jax.Array
     inner_state: optax.OptState
 

@@ -255,7 +255,7 @@ def test_negative_numbers_are_refused(arguments):
 
 
 def test_an_unknown_policy_names_the_nearest():
-    with pytest.raises(ValueError, match="'lamda'; did you mean 'lambda'?"):
+    with pytest.raises(ValueError, match="'lamda'; did you mean 'lambda'"):
         transforms.warmup("lamda", radius=0.1, ratio=1.0, warmup_steps=1)
 
 

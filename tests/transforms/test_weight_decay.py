@@ -123,7 +123,7 @@ def test_the_mask_says_what_decays_and_the_mean_is_over_all():
 def test_extreme_gradients_stay_finite(scale, dtype):
     params, grads = jnp.ones((3,), dtype), jnp.full((3,), scale, dtype)
     tx = transforms.scheduled_weight_decay(optax.identity(), 0.1)
-    updates, state = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
     assert updates.dtype == dtype
     assert jnp.isfinite(updates).all()
     if scale == 0:
