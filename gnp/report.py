@@ -255,7 +255,7 @@ def _inline_svg(figure: Figure, name: str, label: str) -> str:
     namespace = "{http://www.w3.org/2000/svg}"
     for parent in list(root.iter()):
         for child in list(parent):
-            # A <style> would apply to the whole page; the metadata says who drew the figure, and when.
+            # A <style> would apply to the whole page; the metadata has the time of drawing.
             if child.tag in (f"{namespace}metadata", f"{namespace}style"):
                 parent.remove(child)
     for element in root.iter():

@@ -1,3 +1,5 @@
+"""The report of a run, and its figures."""
+
 import collections
 import html.parser
 import json
@@ -399,12 +401,13 @@ def test_many_noisy_rows_have_a_running_mean_that_keeps_gaps(tmp_path):
 
 def test_figures_leave_matplotlib_as_it_was(tmp_path):
     run = runs.load(make(tmp_path))
-    before = dict(matplotlib.rcParams)
-    for draw in RUN_FIGURES:
-        draw(run)
-    figures.error_curves({"a": run})
-    report.write(tmp_path)
-    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"font.size": 33.0, "svg.fonttype": "path"}):
+        before = dict(matplotlib.rcParams)
+        for draw in RUN_FIGURES:
+            assert draw(run).axes[0].yaxis.label.get_size() == 10.5
+        figures.error_curves({"a": run})
+        report.write(tmp_path)
+        assert dict(matplotlib.rcParams) == before
 
 
 def test_error_curves_show_mean_and_band(tmp_path):
@@ -435,7 +438,7 @@ def test_error_curves_need_an_epoch_in_common(tmp_path):
     one = runs.load(make(tmp_path / "1", rows_=[at | {"step": 1, "epoch": 1.0}]))
     two = runs.load(make(tmp_path / "2", rows_=[at | {"step": 2, "epoch": 2.0}]))
     for group in ([one, two], []):
-        with pytest.raises(UserError, match="'sam'.*no evaluated epoch in common"):
+        with pytest.raises(UserError, match=r"'sam'.*no evaluated epoch in common"):
             figures.error_curves({"sam": group})
 
 

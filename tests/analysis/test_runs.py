@@ -1,3 +1,5 @@
+"""Reading work directories."""
+
 import json
 
 import numpy as np

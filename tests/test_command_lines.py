@@ -1,0 +1,197 @@
+"""The command lines in processes of their own: help, mistakes, interruptions, continuing."""
+
+import json
+import os
+import pathlib
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.data.cifar_like import write_cifar
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = [
+    *("--config.model.width=12", "--config.model.depth=1", "--config.model.num_heads=2"),
+    *("--config.data.batch_size=100", "--config.mesh.data=1", "--config.log.every=5st"),
+]
+
+
+def command(module, *flags):
+    return [sys.executable, "-m", f"gnp.{module}", *map(str, flags)]
+
+
+def run(module, *flags):
+    return subprocess.run(
+        command(module, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def train(workdir, *flags, config="configs/digits.py"):
+    return run("train", f"--config={config}", f"--workdir={workdir}", *flags)
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate", "report"])
+def test_help(module):
+    done = run(module, "--help")
+    assert done.returncode == 0
+    assert f"python -m gnp.{module}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.gr.polcy=zero"], "did you mean 'config.gr.policy'?"),
+        (["--config.gr.policy=zreo"], "unknown config.gr.policy 'zreo'; did you mean 'zero'?"),
+        (["--config.gr.radius=-1"], "config.gr.radius is -1.0; it must be 0 or more"),
+        (["--config.gr.radius"], "--config.gr.radius has no value; write --config.gr.radius=VALUE"),
+        (["--confg.gr.radius=1"], "unknown flag '--confg.gr.radius'"),
+        (["--workdr=x"], "unknown flag '--workdr'; did you mean '--workdir'?"),
+        (["--config.lr.warmup=10"], "'10' is no duration"),
+        (["--config.data.batch_size=1438"], "digits has only 1437 training examples"),
+        (["--config.model.name=vit_tt"], "did you mean 'vit_ti'?"),
+        (["--config.data.name=cifar100", "--config.data.data_dir=nowhere"], "cifar100 is not in"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, flags, message):
+    done = train(tmp_path / "run", *flags)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("train", [], "the following arguments are required: --config, --workdir"),
+        ("train", ["--config=configs/digit.py", "--workdir=x"], "did you mean 'configs/digits.py'"),
+        ("evaluate", [], "the following arguments are required: --workdir"),
+        ("evaluate", ["--workdir=nowhere"], "nowhere is not a work directory"),
+        ("report", ["nowhere"], "nowhere"),
+    ],
+)
+def test_other_mistakes(module, flags, message):
+    done = run(module, *flags)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_train_on_cifar_evaluate_and_report(tmp_path):
+    """From an ArrayRecord data set on disk to the report, and again."""
+    write_cifar(tmp_path / "data", 120, 41)
+    flags = [
+        *(f"--config.data.data_dir={tmp_path / 'data'}", "--config.epochs=2", *TINY),
+        *("--config.data.batch_size=40", "--config.lr.warmup=1ep", "--config.gr.policy=r"),
+    ]
+    workdir = tmp_path / "run"
+    done = train(workdir, *flags, config="configs/cifar_vit.py:scale=small")
+    assert done.returncode == 0, done.stderr
+    assert "120 training and 41 test images" in done.stderr
+    assert "test error" in done.stdout
+    page = (workdir / "report.html").read_text()
+    assert "configs/cifar_vit.py:scale=small" in page and "<svg" in page
+
+    done = run("evaluate", f"--workdir={workdir}", "--json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    result = json.loads((workdir / "result.json").read_text())
+    assert values["test"]["error"] == result["test"]["error"]
+    assert values["test"]["num_examples"] == 41
+
+    (workdir / "report.html").unlink()
+    assert run("report", workdir).returncode == 0
+    assert (workdir / "report.html").exists()
+
+
+def begin(workdir, flags, rows):
+    """Starts the run and returns its process when it has written so many rows of metrics."""
+    process = subprocess.Popen(
+        command("train", "--config=configs/digits.py", f"--workdir={workdir}", *flags),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or metrics.read_text().count("\n") < rows:
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.005)
+    return process
+
+
+def comparable(workdir):
+    """All that a run leaves, without times."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["wall_time"]
+        row.pop("images_per_second", None)
+    return rows, json.loads((workdir / "result.json").read_text())["params_sha256"]
+
+
+def test_killed_interrupted_and_continued_is_bit_for_bit_the_run_that_was_not(tmp_path):
+    flags = [
+        *(*TINY, "--config.epochs=60", "--config.data.batch_size=50", "--config.log.every=10st"),
+        *("--config.checkpoint.every=25st", "--config.eval.every=30st"),
+        *("--config.model.dropout=0.1", "--config.steps_per_call=7"),
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(whole, *flags).returncode == 0
+
+    process = begin(broken, flags, rows=8)
+    process.kill()  # with a checkpoint behind it, in the middle of a call or of a save
+    process.communicate()
+    process = begin(broken, flags, rows=30)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "and saved. To continue it:\n  python -m gnp.train --config=configs/digits.py" in stderr
+    assert not (broken / "result.json").exists()
+    done = train(broken, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "continues at step" in done.stderr
+
+    rows, sha256 = comparable(broken)
+    expected_rows, expected_sha256 = comparable(whole)
+    assert sha256 == expected_sha256
+    assert rows == expected_rows
+
+
+def test_a_finished_run_answers_at_once(tmp_path):
+    flags = [*TINY, "--config.epochs=1"]
+    first, second = train(tmp_path, *flags), train(tmp_path, *flags)
+    assert first.returncode == second.returncode == 0
+    assert first.stdout == second.stdout
+    assert "step" not in second.stderr
+    refused = train(tmp_path, *flags, "--config.seed=1")
+    assert refused.returncode == 2
+    assert "config.seed: 0 there, 1 here" in refused.stderr
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path):
+    termios, fcntl = pytest.importorskip("termios"), pytest.importorskip("fcntl")
+    primary, secondary = os.openpty()
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    flags = [f"--workdir={tmp_path}", *TINY, "--config.epochs=1"]
+    process = subprocess.Popen(
+        command("train", "--config=configs/digits.py", *flags),
+        cwd=ROOT,
+        stderr=secondary,
+        stdout=subprocess.DEVNULL,
+    )
+    os.close(secondary)
+    shown = b""
+    while True:
+        try:
+            part = os.read(primary, 4096)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait(60) == 0
+    assert b"14/14" in shown and b"test error" in shown

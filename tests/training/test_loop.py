@@ -1,0 +1,198 @@
+"""A whole run in a work directory, on digits."""
+
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from gnp import config as gnp_config
+from gnp.errors import UserError
+from gnp.training import train
+from gnp.training.evaluation import evaluate_checkpoint
+from gnp.training.experiment import Experiment
+from gnp.training.loop import _stop_requests
+
+
+def make_config(**fields):
+    config = gnp_config.default()
+    config.model.update({"width": 12, "depth": 1, "num_heads": 2})
+    config.data.update({"batch_size": 100, "augment": "pad_crop", "padding": 1})
+    config.epochs = 2.0  # 1437 / 100 examples: 29 steps
+    config.lr.update({"base": 3e-3, "warmup": "50%"})
+    config.gr.update({"policy": "zero"})
+    config.weight_decay.update({"kind": "scheduled", "value": 5e-4})
+    config.log.every = "5st"
+    config.eval.every = "12st"
+    config.checkpoint.every = "10st"
+    config.mesh.data = 1
+    for field, text in fields.items():
+        gnp_config.override(config, field.replace("__", "."), str(text))
+    return config
+
+
+def read_rows(workdir, split=None):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if split in (None, row["split"])]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(make_config(), workdir, command="the command")
+
+
+def test_the_work_directory(finished):
+    workdir, result = finished
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(
+        json.dumps(make_config().to_dict())
+    )
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} >= {"20", "29"}
+    assert result["steps"] == 29
+    assert result["command"] == "the command"
+    assert len(result["params_sha256"]) == 64
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_the_rows_of_metrics(finished):
+    workdir, result = finished
+    rows = read_rows(workdir, "train")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 29]
+    assert [row["step"] for row in read_rows(workdir, "test")] == [12, 24, 29]
+    expected = {
+        *("step", "epoch", "wall_time", "split", "loss", "error", "learning_rate", "grad_norm"),
+        *("perturbed_grad_norm", "radius", "ratio", "swd_factor", "weight_norm"),
+        "images_per_second",
+    }
+    assert all(set(row) == expected for row in rows)
+    # Zero-warmup over the first 14 steps (50 % of 29): no second gradient until then.
+    assert [row["perturbed_grad_norm"] is None for row in rows] == [True, True] + [False] * 4
+    assert [row["ratio"] for row in rows] == pytest.approx([0, 0, 0.2, 1, 1, 1])
+    rates = [3e-3 * t / 14 for t in range(1, 6)]
+    assert rows[0]["learning_rate"] == pytest.approx(np.mean(rates), rel=1e-5)
+    assert rows[-1]["epoch"] == pytest.approx(29 / 14.37)
+    assert rows[0]["loss"] > rows[-1]["loss"]
+    assert result["train"] == rows[-1]
+
+
+def test_tensorboard_has_the_same_values(finished):
+    workdir, _ = finished
+    (path,) = workdir.glob("events.out.tfevents.*")
+    blob, values = path.read_bytes(), {}
+    while blob:  # length, its checksum, the event, its checksum
+        size = int.from_bytes(blob[:8], "little")
+        event = event_pb2.Event.FromString(blob[12 : 12 + size])
+        blob = blob[16 + size :]
+        for value in event.summary.value:
+            values[event.step, value.tag] = value.simple_value
+    for row in read_rows(workdir):
+        key = row["step"], f"{row['split']}/loss"
+        assert values[key] == pytest.approx(row["loss"], rel=1e-6)
+    assert (5, "train/perturbed_grad_norm") not in values
+
+
+def test_a_checkpoint_is_evaluated(finished):
+    workdir, result = finished
+    values = evaluate_checkpoint(make_config(), workdir)
+    assert values["step"] == 29
+    assert values["test"]["error"] == result["test"]["error"]
+    assert values["test"]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-6)
+    assert values["train"]["num_examples"] == 1437 and values["train"]["grad_norm"] > 0
+    assert evaluate_checkpoint(make_config(), workdir, step=20)["step"] == 20
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*; there are \[20, 29\]"):
+        evaluate_checkpoint(make_config(), workdir, step=7)
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    workdir, result = finished
+    monkeypatch.setattr(Experiment, "load_data", None)
+    before = sorted(workdir.rglob("*"))
+    assert train(make_config(), workdir) == result
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_another_configuration_is_refused_with_the_difference(finished):
+    workdir, _ = finished
+    with pytest.raises(UserError) as error:
+        train(make_config(gr__radius=0.2, seed=3), workdir)
+    assert "config.gr.radius: 0.1 there, 0.2 here; config.seed: 0 there, 3 here" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data__batch_size": 2000}, "but digits has only 1437 training examples"),
+        ({"model__num_heads": 5}, "model.num_heads 5 does not divide model.width 12"),
+        ({"mesh__data": 3}, "config.data.batch_size is 100, which 3 devices do not divide"),
+        ({"data__name": "digitss"}, "did you mean 'digits'?"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, fields, message):
+    with pytest.raises(UserError) as error:
+        train(make_config(**fields), tmp_path / "run")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_work_directories_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the work directory"):
+        train(make_config(), tmp_path / "file")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is damaged"):
+        train(make_config(), tmp_path)
+
+
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
+    from gnp.training.metrics import MetricsWriter
+
+    row = {"step": 3, "epoch": 1.0, "wall_time": 2.0, "split": "train", "loss": 1.5}
+    later = row | {"step": 8}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(later)}\n" + json.dumps(later)[:20])
+    writer = MetricsWriter(tmp_path, step=5)
+    assert writer.last == {"train": row} and writer.wall_time == 2.0
+    writer.write(row | {"step": 6})
+    writer.close()
+    assert [r["step"] for r in read_rows(tmp_path)] == [3, 6]
+
+
+def test_the_first_signal_asks_and_the_second_acts():
+    import signal
+
+    with _stop_requests() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    seen = []
+
+    def enter():
+        with _stop_requests() as stop:
+            seen.append(stop.is_set())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_several_devices_train_like_one(tmp_path):
+    """With SGD: Adam makes a whole step of the rounding error in a gradient that is near zero."""
+    losses = {}
+    for devices in (1, 4):
+        config = make_config(
+            mesh__data=devices, optimizer__name="sgd", lr__base=0.05, epochs=1, log__every="2st"
+        )
+        result = train(config, tmp_path / str(devices))
+        assert result["devices"] == f"{jax.devices()[0].device_kind} × {devices}"
+        losses[devices] = [row["loss"] for row in read_rows(tmp_path / str(devices), "train")]
+    # Sums over the batch in another order: some ulps of float32, grown over 14 steps.
+    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
