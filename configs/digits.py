@@ -32,7 +32,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.lr.warmup = "10%"
     config.weight_decay.kind = "scheduled"
     config.weight_decay.value = 5e-4
-    config.clip_norm = 1.0
 
     config.gr.policy = arguments.gr
     config.gr.radius = 0.05

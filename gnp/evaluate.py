@@ -13,12 +13,15 @@ def main() -> int:
     parser = Parser("gnp.evaluate", "The error, loss and gradient norm of a run's checkpoint.")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
     parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
+    parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
     path = flags.workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{flags.workdir} is not a work directory: it has no config.json")
     config = gnp_config.from_json(path.read_text(), where=str(path))
+    if flags.data_dir:
+        config.data.data_dir = flags.data_dir
 
     from gnp.training.evaluation import evaluate_checkpoint  # here, since JAX is slow to import
 

@@ -179,25 +179,24 @@ def _summary(run: runs.Run) -> str:
     if run.setting("weight_decay.kind") not in (None, "none"):
         decay = f"{setting('weight_decay.kind')} weight decay {setting('weight_decay.value')}"
     length = f"{setting('epochs')} epochs, batch size {setting('data.batch_size')}"
-    parts = (gr, setting("optimizer.name"), rate, decay, length, f"seed {setting('seed')}")
-    return f"{_SPACE}· ".join(parts)
+    # The sizes that are not those of the model's name.
+    sizes = {k: v for k, v in (run.setting("model") or {}).items() if k != "name" and v is not None}
+    model = ", ".join(f"{name} {_number(size)}" for name, size in sizes.items())
+    seed = f"seed {setting('seed')}"
+    parts = (model, gr, setting("optimizer.name"), rate, decay, length, seed)
+    return f"{_SPACE}· ".join(filter(None, parts))
 
 
 def _numbers(run: runs.Run) -> Iterator[str]:
     """The key figures: the final ones, or the latest of a run that has not ended."""
     result = run.result or {}
     step, epoch = run.last
-    epochs, errors = run.series("test", "error")
-    lowest = ""
-    if run.has("test", "error"):
-        best = int(np.nanargmin(errors))
-        lowest = f"lowest {_percent(errors[best])} at epoch {_number(epochs[best])}"
-    yield _entry("Test error", _percent(run.final("test", "error")), lowest, "main")
+    yield _entry("Test error", _percent(run.final("test", "error")), kind="main")
     yield _entry("Train error", _percent(run.final("train", "error")), "last logged")
     yield _entry("Test loss", _decimal(run.final("test", "loss")))
     yield _entry("Train loss", _decimal(run.final("train", "loss")), "last logged")
     steps = int(result.get("steps") or step)
-    yield _entry("Epochs", _number(result.get("epochs") or epoch), f"{steps:,} steps")
+    yield _entry("Epochs", _number(round(result.get("epochs") or epoch, 1)), f"{steps:,} steps")
     seconds = result.get("wall_time")
     if seconds is None:
         ends = [run.series(split, "wall_time")[1][-1:] for split in run.metrics]

@@ -36,9 +36,11 @@ def main() -> int:
         print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
         return 130
     path = report.write(flags.workdir, command=command)
+    loss = result["test"]["loss"]
     print(
-        f"test error {result['test']['error']:.2%}, test loss {result['test']['loss']:.4f} "
-        f"after {result['epochs']:g} epochs ({result['steps']} steps) "
+        f"test error {result['test']['error']:.2%}, "
+        f"test loss {'not finite' if loss is None else format(loss, '.4f')} "
+        f"after {result['epochs']:.1f} epochs ({result['steps']} steps) "
         f"in {result['wall_time']:.0f} s\nreport: {path}"
     )
     return 0

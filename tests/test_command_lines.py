@@ -195,3 +195,12 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
         shown += part
     assert process.wait(60) == 0
     assert b"14/14" in shown and b"test error" in shown
+
+
+def test_evaluating_a_run_that_has_no_checkpoint(tmp_path):
+    from gnp import config
+
+    (tmp_path / "config.json").write_text(json.dumps(config.default().to_dict()))
+    done = run("evaluate", f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "no checkpoint in" in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -12,14 +12,15 @@ from gnp.training.state import TrainState
 class Checkpoints:
     """The checkpoints in a work directory, `checkpoints/<step>`, the newest `keep` of them.
 
-    Saving is asynchronous and atomic: an interrupted save leaves no checkpoint.
+    Saving is asynchronous and atomic: an interrupted save leaves no checkpoint. With `keep` None
+    they are there to be read; then a `UserError` says if there is none.
     """
 
     def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
         self._directory = workdir.absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=keep is not None, read_only=keep is None
-        )
+        if keep is None and not self._directory.is_dir():
+            raise UserError(f"no checkpoint in {workdir}; has the run been started?")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:

@@ -81,6 +81,8 @@ def evaluate_checkpoint(
     Raises:
       UserError: if there is no such checkpoint.
     """
+    config = config.copy_and_resolve_references()
+    config.mesh.data = 1  # wherever the run was trained, this may be another machine
     experiment = make_experiment(config)
     checkpoints = Checkpoints(pathlib.Path(workdir))
     state = checkpoints.restore(experiment.abstract_state(), step)

@@ -85,19 +85,20 @@ class Progress:
 
     def show(self, row: Row) -> None:
         """Shows the newest values."""
+        shown = {
+            "loss": ("loss", ".4f"),
+            "error": ("error", ".2%"),
+            "learning_rate": ("lr", ".2e"),
+            "grad_norm": ("grad", ".3g"),
+            "radius": ("r", ".3g"),
+            "ratio": ("ratio", ".3g"),
+            "images_per_second": ("images/s", ",.0f"),
+        }
         if row["split"] == "test":
-            self._shown["test error"] = f"{row['error']:.2%}"
-        else:
-            self._shown |= {
-                "loss": f"{row['loss']:.4f}",
-                "error": f"{row['error']:.2%}",
-                "lr": f"{row['learning_rate']:.2e}",
-                "grad": f"{row['grad_norm']:.3g}",
-            }
-            if row.get("ratio") is not None:
-                self._shown["r"] = f"{row['radius']:.3g}"
-                self._shown["ratio"] = f"{row['ratio']:.3g}"
-            self._shown["images/s"] = f"{row['images_per_second']:,.0f}"
+            shown = {"error": ("test error", ".2%")}
+        for key, (name, form) in shown.items():
+            if key in row:
+                self._shown[name] = "not finite" if row[key] is None else format(row[key], form)
         if self._bar is not None:
             self._bar.set_postfix(self._shown)
         elif row["split"] == "train":

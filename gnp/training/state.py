@@ -1,6 +1,7 @@
 """What a train step takes and returns, and a checkpoint holds."""
 
 import hashlib
+import math
 from typing import Any
 
 import flax.struct
@@ -61,8 +62,9 @@ def add_metrics(sums: MetricSums, values: MetricSums, *, restart: jax.Array) -> 
 
 
 def mean_metrics(sums: MetricSums) -> dict[str, float | None]:
-    """The weighted means, on the host; None where there was no value."""
-    return {
-        name: float(total) / float(weight) if weight else None
-        for name, (total, weight) in jax.device_get(sums).items()
-    }
+    """The weighted means, on the host; None where there was no value, or it is not finite."""
+    means = {}
+    for name, (total, weight) in jax.device_get(sums).items():
+        mean = float(total) / float(weight) if weight else math.nan
+        means[name] = mean if math.isfinite(mean) else None
+    return means

@@ -196,3 +196,12 @@ def test_several_devices_train_like_one(tmp_path):
         losses[devices] = [row["loss"] for row in read_rows(tmp_path / str(devices), "train")]
     # Sums over the batch in another order: some ulps of float32, grown over 14 steps.
     np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
+
+
+def test_a_run_that_diverges_ends_and_says_so(tmp_path, capsys):
+    """A learning rate beyond float32's range; its rows are strict JSON."""
+    config = make_config(optimizer__name="sgd", lr__base=1e30, epochs=1, eval__every="5st")
+    result = train(config, tmp_path)
+    assert result["train"]["loss"] is None and result["test"]["loss"] is None
+    assert "not finite" in capsys.readouterr().err
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

@@ -1,0 +1,54 @@
+"""The README's commands and programs are what is run."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_program_with_a_plain_flax_model_runs_and_learns(capsys):
+    (program,) = blocks("python")
+    assert set(re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE)) == {
+        *("flax", "jax", "optax", "gnp")
+    }
+    assert re.findall(r"from gnp import (.*)", program) == ["transforms"]
+    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    lines = capsys.readouterr().out.splitlines()
+    first, *_, last = (dict(zip(*[iter(line.split()[1:])] * 2, strict=True)) for line in lines)
+    assert float(last["loss"]) < 0.2 * float(first["loss"])
+    assert (first["ratio"], last["ratio"]) == ("0", "1")
+
+
+def test_quick_start_is_two_lines_and_ci_runs_the_second():
+    quick_start = README[README.index("## Quick start") :]
+    main_job, tests = re.search(r"```sh\n(.*?)```", quick_start, re.DOTALL)[1].splitlines()
+    assert "python -m gnp.train --config=configs/digits.py" in main_job
+    ci = (ROOT / ".ci" / "run").read_text().replace("--clear ", "").replace("--quiet ", "")
+    parts = tests.split(" && ")
+    assert len(parts) == 3
+    for part in parts:
+        assert f"\n{part}\n" in ci
+
+
+def test_every_config_and_every_file_named_is_there():
+    named = set(re.findall(r"(?:configs|scripts|gnp|\.github|\.ci)/[\w./]*\w", README))
+    for path in named:
+        assert (ROOT / path).exists(), path
+    for path in (ROOT / "configs").glob("*.py"):
+        assert f"configs/{path.name}" in named
+
+
+def test_every_choice_is_named():
+    from gnp import config, data, models
+
+    for names in (
+        *(config.OPTIMIZERS, config.WEIGHT_DECAYS, config.LR_SCHEDULES, config.GR_POLICIES),
+        *(models.list_models(), data.list_sources()),
+    ):
+        for name in names:
+            assert f"`{name}`" in README, name
