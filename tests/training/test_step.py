@@ -38,8 +38,12 @@ def batch():
     }
 
 
+def init(model, optimizer):
+    return jax.jit(lambda: init_state(model, optimizer, SHAPE, seed=0))()
+
+
 def one_step(model, optimizer, batch, steps=1):
-    state = init_state(model, optimizer, SHAPE, seed=0)
+    state = init(model, optimizer)
     step = jax.jit(make_train_step(model, optimizer, seed=0, log_every=100))
     for _ in range(steps):
         before, state = state, step(state, batch)
@@ -78,7 +82,7 @@ def test_both_gradients_see_the_same_masks(batch):
 def test_masks_change_from_step_to_step(batch):
     model = tiny(dropout=0.5)
     frozen = Optimizer(optax.chain(optax.set_to_zero()), lambda count: 0.0, 0.0, 0.999)
-    state = init_state(model, frozen, SHAPE, seed=0)
+    state = init(model, frozen)
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(0), (8, 3))
     step = jax.jit(make_train_step(model, frozen, seed=0, log_every=1))
     losses = []
@@ -147,8 +151,7 @@ def run_calls(data, lengths, devices=1):
     step = make_train_step(model, optimizer, seed=0, log_every=4)
     call = make_train_call(step, batches, max_steps=6, mesh=mesh)
     data = jax.device_put(data, replicated(mesh))
-    init = jax.jit(lambda: init_state(model, optimizer, SHAPE, 0), out_shardings=replicated(mesh))
-    state = init()
+    state = jax.device_put(init(model, optimizer), replicated(mesh))
     for length in lengths:
         state, sums = call(state, data, length)
     return state, sums, call
@@ -188,7 +191,7 @@ def test_evaluation_is_numpys_at_any_batch_size(data, batch_size, devices):
     mesh = make_mesh(devices, batch_size=8)
     batch_size = -(-batch_size // devices) * devices
     batches = EvalBatches(50, batch_size, np.array([0.5]), np.array([0.2]))
-    state = init_state(model, optimizer, SHAPE, 0)
+    state = init(model, optimizer)
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(5), (8, 3))
     images = ((data["image"] / 255 - 0.5) / 0.2).astype(np.float32)
 
@@ -199,11 +202,11 @@ def test_evaluation_is_numpys_at_any_batch_size(data, batch_size, devices):
     state, arrays = jax.device_put((state, data), replicated(mesh))
     values = mean_metrics(make_evaluate(model, batches, mesh)(state, arrays))
     params = jax.device_get(state.params)
-    logits = model.apply({"params": params}, images)
+    logits = jax.jit(model.apply)({"params": params}, images)
     errors = np.asarray(logits).argmax(1) != data["label"]
     assert values["error"] == pytest.approx(errors.mean(), abs=1e-6)
     np.testing.assert_allclose(values["loss"], mean_loss(params), rtol=1e-5)
-    grads = jax.grad(mean_loss)(params)
+    grads = jax.jit(jax.grad(mean_loss))(params)
     expected = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads)))
     norm = make_grad_norm(model, batches, mesh)(state, arrays)
     np.testing.assert_allclose(norm, expected, rtol=1e-5)
