@@ -15,7 +15,9 @@ random crop and flip; one each of the values that it searches: learning rate 1e-
 5e-4), warmup 40 epochs (of 20, 40, 80), r 0.1 (of 0.05, 0.1), ratio 1 (of 0.8, 1). Ours, since the
 paper leaves it open: the decay is decoupled, and the norm that gradients are clipped to is 1.
 
-Nobody has run scale=paper here yet: it wants a GPU.
+scale=small on two CPU cores, one seed, images decoded from JPEG copies: test error 38.8 % with
+gr=off, 42.1 % with none, 41.5 % with r, 42.0 % with lambda, 40.2 % with zero; 5 minutes without GR,
+10 to 17 with it on a machine that did other work too. scale=paper has not been run.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,10 @@
     python -m gnp.train --config=configs/digits.py --workdir=runs/digits
 
 Arguments: gr (off, none, r, lambda, zero), optimizer (adam, rmsprop, sgd), as in
-`configs/digits.py:gr=none`. The recipe is ours: the papers have no such data set.
+`configs/digits.py:gr=none`. The recipe is ours: the papers have no such data set. Gradients are not
+clipped, since clipping would hide from the decay what it is scaled by.
+
+Test error 2.59 %, the mean of seeds 0, 1 and 2 (3.33, 2.78, 1.67); 47 s of training on two CPU cores.
 """
 
 from ml_collections import ConfigDict

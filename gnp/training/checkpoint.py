@@ -20,7 +20,10 @@ class Checkpoints:
         self._directory = workdir.absolute() / "checkpoints"
         if keep is None and not self._directory.is_dir():
             raise UserError(f"no checkpoint in {workdir}; has the run been started?")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
+        writes = keep is not None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=writes, cleanup_tmp_directories=writes
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:

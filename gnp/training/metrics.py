@@ -7,6 +7,9 @@ import sys
 import time
 from typing import Any
 
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
 from gnp.training.files import write_atomically
 
 Row = dict[str, Any]
@@ -20,8 +23,6 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, *, step: int):
-        from tensorboardX import SummaryWriter  # here, since it is slow to import
-
         path = workdir / "metrics.jsonl"
         self.last: dict[str, Row] = {}  # the newest row of each split
         kept = []
@@ -66,8 +67,6 @@ class Progress:
     """Live progress on standard error: a bar on a terminal, plain lines otherwise."""
 
     def __init__(self, *, total_steps: int, steps_per_epoch: float, step: int):
-        from tqdm import tqdm
-
         self._total, self._per_epoch = total_steps, steps_per_epoch
         self._epochs = total_steps / steps_per_epoch
         self._first, self._begin = step, time.monotonic()

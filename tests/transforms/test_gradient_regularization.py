@@ -219,19 +219,23 @@ def test_the_perturbation_has_the_length_of_the_radius(values, radius, ratio):
 
 
 def test_bfloat16_is_perturbed_and_mixed_in_float32():
-    """Kept in bfloat16, the norm of many equal elements would stop growing at 256."""
-    grads = jnp.ones((4096,), jnp.bfloat16)
-    params = jnp.zeros((4096,), jnp.bfloat16)
+    """Each result is rounded once, from a float64 calculation on the bfloat16 values."""
+    rng = np.random.default_rng(3)
+    params, grads, second = (jnp.array(rng.normal(size=64), jnp.bfloat16) for _ in range(3))
     seen = []
 
     def grad_fn(params):
         seen.append(params)
-        return grads
+        return second
 
-    tx = transforms.gradient_regularization(64.0, 1.0)
+    tx = transforms.gradient_regularization(0.7, 0.3)
     updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
-    assert float(state.grad_norm) == 64.0
-    assert (seen[0] == 1).all() and seen[0].dtype == updates.dtype == jnp.bfloat16
+    theta, g, h = (np.asarray(x, np.float64) for x in (params, grads, second))
+    norm = np.linalg.norm(g)
+    np.testing.assert_allclose(state.grad_norm, norm, rtol=1e-6)
+    assert seen[0].dtype == updates.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(seen[0], jnp.array(theta + 0.7 * g / norm, jnp.bfloat16))
+    np.testing.assert_array_equal(updates, jnp.array(0.7 * g + 0.3 * h, jnp.bfloat16))
 
 
 def test_missing_arguments_say_what_to_write():
