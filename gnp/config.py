@@ -228,7 +228,7 @@ def arguments(text: str, **defaults: Any) -> types.SimpleNamespace:
         if not equals:
             raise UserError(f"argument {key!r} of the config file has no value; write {key}=…")
         override(holder, key, value)
-    return types.SimpleNamespace(**holder.to_dict())
+    return types.SimpleNamespace(**{key: holder[key] for key in defaults})
 
 
 def choose(argument: str, value: str, valid: Sequence[str]) -> None:
