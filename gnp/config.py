@@ -20,8 +20,8 @@ from ml_collections.config_dict import placeholder
 from gnp.errors import UserError, nearest, unknown
 
 DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("adam", "rmsprop", "sgd")
-WEIGHT_DECAYS = ("none", "l2", "coupled", "decoupled", "scheduled")
+OPTIMIZERS = ("adam", "amsgrad", "yogi", "radam", "adabound", "padam", "rmsprop", "sgd")
+WEIGHT_DECAYS = ("none", "l2", "vanilla", "coupled", "decoupled", "scheduled")
 LR_SCHEDULES = ("constant", "cosine", "step", "restarts")
 LR_WARMUPS = ("linear", "constant")
 GR_POLICIES = ("off", "none", "r", "lambda", "zero")
@@ -59,9 +59,12 @@ def default() -> ConfigDict:
             },
             "optimizer": {
                 "name": "adam",
-                "b1": 0.9,  # adam
-                "b2": 0.999,  # adam; also of the second moment of scheduled weight decay
-                "eps": 1e-8,  # adam, rmsprop
+                "b1": 0.9,  # all but rmsprop and sgd
+                "b2": 0.999,  # likewise; also of the second moment of scheduled weight decay
+                "eps": 1e-8,  # all but sgd
+                "final_learning_rate": 0.1,  # adabound; scaled with the schedule
+                "gamma": 1e-3,  # adabound
+                "partial": 0.125,  # padam
                 "decay": 0.9,  # rmsprop
                 "momentum": 0.9,  # sgd
                 "nesterov": False,  # sgd
@@ -288,7 +291,10 @@ def validate(config: ConfigDict) -> None:
         if value is not None and not holds(value):
             raise UserError(f"config.{field} is {value}; it must be {meaning}")
 
-    for field in ("epochs", "clip_norm", "optimizer.eps", "lr.base", "model.mlp_ratio"):
+    for field in (
+        *("epochs", "clip_norm", "lr.base", "model.mlp_ratio"),
+        *("optimizer.eps", "optimizer.final_learning_rate", "optimizer.gamma"),
+    ):
         require(field, lambda x: x > 0, "above 0")
     for field in (
         *("steps_per_call", "data.batch_size", "eval.batch_size", "checkpoint.keep"),
@@ -305,6 +311,7 @@ def validate(config: ConfigDict) -> None:
         require(field, lambda x: 0 <= x < 1, "at least 0 and below 1")
     for field in ("lr.warmup_factor", "lr.drop_factor"):
         require(field, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    require("optimizer.partial", lambda x: 0 <= x <= 0.5, "from 0 to 0.5")
     require("seed", lambda x: 0 <= x < 2**31, "from 0 to 2147483647")
     require("mesh.data", lambda x: x == -1 or x >= 1, "1 or more, or -1 for all devices")
 
@@ -340,6 +347,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.gr.policy is {gr.policy!r} but there is no warmup; set config.lr.warmup or "
             "config.gr.warmup (as '10%'), or config.gr.policy=none"
+        )
+    if decay.kind != "none" and not decay.value:
+        raise UserError(
+            f"config.weight_decay.kind is {decay.kind!r} but config.weight_decay.value is 0; set a "
+            "value (the papers use 5e-4 scheduled, 0.03 decoupled), or the kind to 'none'"
         )
     if decay.kind == "none" and decay.value:
         raise UserError(

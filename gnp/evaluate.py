@@ -23,7 +23,9 @@ def main() -> int:
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
 
-    from gnp.training.evaluation import evaluate_checkpoint  # here, since JAX is slow to import
+    # Here, since JAX is slow to import.
+    from gnp.training.evaluation import evaluate_checkpoint
+    from gnp.training.metrics import text
 
     values = evaluate_checkpoint(config, flags.workdir, step=flags.step)
     if flags.json:
@@ -31,10 +33,12 @@ def main() -> int:
         return 0
     print(f"{flags.workdir}, step {values['step']}")
     for split in ("train", "test"):
+        of_split = values[split]
         print(
-            f"{split:>6}: error {values[split]['error']:.2%}, loss {values[split]['loss']:.4f}, "
-            f"gradient norm {values[split]['grad_norm']:.4g} "
-            f"({values[split]['num_examples']:,} images)"
+            f"{split:>6}: error {text(of_split['error'], '.2%')}, "
+            f"loss {text(of_split['loss'], '.4f')}, "
+            f"gradient norm {text(of_split['grad_norm'], '.4g')} "
+            f"({of_split['num_examples']:,} images)"
         )
     return 0
 

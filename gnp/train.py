@@ -25,21 +25,21 @@ def main() -> int:
     config = gnp_config.load(flags.config, _overrides(rest))
     gnp_config.validate(config)
 
-    # Here, so that --help and a typo do not wait for JAX.
+    # Here, so that --help and a mistyped field do not wait for JAX.
     from gnp import report
     from gnp.training import Interrupted, train
+    from gnp.training.metrics import text
 
-    command = shlex.join(["python", "-m", "gnp.train", *sys.argv[1:]])
+    command = shlex.join(sys.orig_argv)
     try:
         result = train(config, flags.workdir, command=command)
     except Interrupted as stop:
         print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
         return 130
     path = report.write(flags.workdir, command=command)
-    loss = result["test"]["loss"]
     print(
         f"test error {result['test']['error']:.2%}, "
-        f"test loss {'not finite' if loss is None else format(loss, '.4f')} "
+        f"test loss {text(result['test']['loss'], '.4f')} "
         f"after {result['epochs']:.1f} epochs ({result['steps']} steps) "
         f"in {result['wall_time']:.0f} s\nreport: {path}"
     )

@@ -7,6 +7,8 @@ interrupted and does not repeat what is done. It ends with a Markdown table and 
 mean and standard deviation over the seeds.
 """
 
+import contextlib
+import math
 import pathlib
 import statistics
 import subprocess
@@ -16,6 +18,8 @@ from gnp.analysis import figures, runs
 from gnp.command_line import Parser, run
 from gnp.config import GR_POLICIES
 from gnp.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main() -> int:
@@ -34,12 +38,14 @@ def main() -> int:
             workdir = flags.out / f"{policy}-{seed}"
             command = [
                 *(sys.executable, "-m", "gnp.train", f"--workdir={workdir}"),
-                f"--config=configs/cifar_vit.py:scale={flags.scale},gr={policy}",
+                f"--config={ROOT}/configs/cifar_vit.py:scale={flags.scale},gr={policy}",
                 f"--config.seed={seed}",
             ]
             if flags.data_dir:
                 command.append(f"--config.data.data_dir={flags.data_dir}")
-            code = subprocess.run(command).returncode
+            code = _call(command)
+            if code == 130:  # interrupted, and saved
+                return code
             if code:
                 raise UserError(f"the run in {workdir} ended with exit code {code}")
             done[policy].append(runs.load(workdir))
@@ -49,7 +55,8 @@ def main() -> int:
         results = [r.result for r in of_policy if r.result]
         errors = [100 * result["test"]["error"] for result in results]
         spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
-        loss = statistics.mean(result["train"]["loss"] for result in results)
+        losses = [result["train"]["loss"] for result in results]
+        loss = math.nan if None in losses else statistics.mean(losses)
         seconds = statistics.mean(result["wall_time"] for result in results)
         print(
             f"| `{policy}` | {statistics.mean(errors):.2f}{spread} | {loss:.3f} | {seconds:.0f} |"
@@ -58,6 +65,14 @@ def main() -> int:
     figures.error_curves(done).savefig(path, dpi=160)
     print(f"\n{path}")
     return 0
+
+
+def _call(command: list[str]) -> int:
+    """Runs a command to its end; on Ctrl-C, which it gets too, waits while it saves."""
+    with subprocess.Popen(command) as process:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def test_help(module):
     [
         (["--config.gr.polcy=zero"], "did you mean 'config.gr.policy'?"),
         (["--config.gr.policy=zreo"], "unknown config.gr.policy 'zreo'; did you mean 'zero'?"),
+        (["--config.lr.warmup=50000st"], "50000 steps, but the run has only 3592"),
         (["--config.gr.radius=-1"], "config.gr.radius is -1.0; it must be 0 or more"),
         (["--config.gr.radius"], "--config.gr.radius has no value; write --config.gr.radius=VALUE"),
         (["--confg.gr.radius=1"], "unknown flag '--confg.gr.radius'"),
@@ -146,10 +147,14 @@ def test_killed_interrupted_and_continued_is_bit_for_bit_the_run_that_was_not(tm
     process.kill()  # with a checkpoint behind it, in the middle of a call or of a save
     process.communicate()
     process = begin(broken, flags, rows=30)
+    refused = train(broken, *flags)
+    assert refused.returncode == 2
+    assert "another process is training in" in refused.stderr
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "and saved. To continue it:\n  python -m gnp.train --config=configs/digits.py" in stderr
+    again = f"{sys.executable} -m gnp.train --config=configs/digits.py"
+    assert f"and saved. To continue it:\n  {again}" in stderr
     assert not (broken / "result.json").exists()
     done = train(broken, *flags)
     assert done.returncode == 0, done.stderr
@@ -195,6 +200,16 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
         shown += part
     assert process.wait(60) == 0
     assert b"14/14" in shown and b"test error" in shown
+
+
+def test_evaluating_a_run_that_diverged(tmp_path):
+    flags = [*TINY, "--config.epochs=1", "--config.optimizer.name=sgd", "--config.lr.base=1e30"]
+    done = train(tmp_path, *flags)
+    assert done.returncode == 0 and "test loss not finite" in done.stdout, done.stderr
+    done = run("evaluate", f"--workdir={tmp_path}")
+    assert done.returncode == 0 and "gradient norm not finite" in done.stdout, done.stderr
+    done = run("evaluate", f"--workdir={tmp_path}", "--json")
+    assert json.loads(done.stdout)["test"]["grad_norm"] is None
 
 
 def test_evaluating_a_run_that_has_no_checkpoint(tmp_path):

@@ -111,6 +111,10 @@ def test_a_wrong_override_says_what_would_be_right(field, text, message):
             "config.gr.ratio is 1.0 but config.gr.radius is 0; set a radius",
         ),
         ({"gr__policy": "zero"}, "config.gr.policy is 'zero' but there is no warmup; set"),
+        (
+            {"weight_decay__kind": "decoupled"},
+            "config.weight_decay.kind is 'decoupled' but config.weight_decay.value is 0; set a",
+        ),
         ({"weight_decay__value": "0.1"}, "but config.weight_decay.kind is 'none'; choose a kind"),
     ],
 )

@@ -39,11 +39,6 @@ class TrainBatches:
     mean: np.ndarray
     std: np.ndarray
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """N / B; not a whole number in general."""
-        return self.num_examples / self.batch_size
-
     def order(self, first_step: jax.Array, num_steps: int) -> jax.Array:
         """The examples of `num_steps` (static) successive batches, int32[num_steps, B]."""
         key = jax.random.fold_in(jax.random.key(self.seed), 0)
@@ -118,13 +113,16 @@ def normalise(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Array
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of uint8[N, H, W, C] images over 255: two float64[C].
 
-    Exact, from the histogram of each channel, so that a large memory map is read only once. A
-    channel that does not vary has the deviation 1.
+    Exact, from the histogram of each channel, block by block, so that a large memory map is read
+    only once and never held. A channel that does not vary has the deviation 1.
     """
     values = np.arange(256) / 255
-    counts = np.stack(
-        [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
-    )
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)
+    for start in range(0, len(images), 1024):
+        block = images[start : start + 1024]
+        for c in range(channels):
+            counts[c] += np.bincount(block[..., c].ravel(), minlength=256)
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
     variance = (shares * (values - mean[:, None]) ** 2).sum(axis=1)

@@ -14,7 +14,7 @@ from gnp.data.pipeline import Batch, EvalBatches
 from gnp.training.checkpoint import Checkpoints
 from gnp.training.experiment import make_experiment
 from gnp.training.sharding import over_batch, replicated
-from gnp.training.state import MetricSums, TrainState, mean_metrics
+from gnp.training.state import MetricSums, TrainState, finite, mean_metrics
 from gnp.training.step import cross_entropy, misclassified
 
 
@@ -94,7 +94,7 @@ def evaluate_checkpoint(
         grad_norm = make_grad_norm(experiment.model, batches, experiment.mesh)
         values[split] = {
             **mean_metrics(evaluate(state, data.arrays[split])),
-            "grad_norm": float(grad_norm(state, data.arrays[split])),
+            "grad_norm": finite(float(grad_norm(state, data.arrays[split]))),
             "num_examples": batches.num_examples,
         }
     return values

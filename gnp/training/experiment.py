@@ -102,6 +102,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
         devices.
     """
     gnp_config.validate(config)
+    mesh = make_mesh(config.mesh.data, batch_size=config.data.batch_size)
     source = data.open_source(config.data.name, config.data.data_dir)
     num_examples, batch_size = source.num_examples["train"], config.data.batch_size
     if batch_size > num_examples:
@@ -117,6 +118,15 @@ def make_experiment(config: ConfigDict) -> Experiment:
         raise UserError(
             f"config.epochs is {config.epochs:g}: the run would see more than 2**31 examples"
         )
+    for field in ("lr", "gr"):
+        if config[field].warmup is not None:
+            duration = gnp_config.parse_duration(config[field].warmup)
+            steps = duration.steps(num_examples / batch_size, total_steps)
+            if steps > total_steps:
+                raise UserError(
+                    f"config.{field}.warmup is {config[field].warmup!r}, {steps} steps, but the "
+                    f"run has only {total_steps}"
+                )
     overrides: dict[str, Any] = {
         field: value
         for field, value in config.model.items()
@@ -129,7 +139,6 @@ def make_experiment(config: ConfigDict) -> Experiment:
         dtype=jnp.dtype(config.dtype),
         **overrides,
     )
-    mesh = make_mesh(config.mesh.data, batch_size=batch_size)
     optimizer = optimizers.build(
         config, steps_per_epoch=num_examples / batch_size, total_steps=total_steps
     )

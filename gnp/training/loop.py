@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import threading
@@ -18,10 +19,14 @@ from gnp.errors import UserError
 from gnp.training.checkpoint import Checkpoints
 from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment
-from gnp.training.files import write_atomically
-from gnp.training.metrics import MetricsWriter, Progress
+from gnp.training.files import lock, write_atomically
+from gnp.training.metrics import MetricsWriter, Progress, Row
 from gnp.training.state import MetricSums, mean_metrics, num_params, params_sha256
 from gnp.training.step import make_train_call, make_train_step
+
+# A call of the compiled program lasts about so long at most: the time between two movements of the
+# progress bar, and half of what Ctrl-C waits for.
+CALL_SECONDS = 2.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,13 +68,21 @@ def train(
       "epochs", "wall_time" (seconds), "num_params", "params_sha256", "devices", "command".
 
     Raises:
-      UserError: for a configuration that is wrong, or another one than the directory's run has.
+      UserError: for a configuration that is wrong, or another one than the directory's run has, or
+        if another process is training in the directory.
       Interrupted: on the first Ctrl-C or SIGTERM, when the state is saved. A second one ends the
         process at once.
     """
     experiment = make_experiment(config)
     workdir = pathlib.Path(workdir)
     _claim(workdir, config)
+    with lock(workdir):
+        return _train(experiment, workdir, command)
+
+
+def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -> dict[str, Any]:
+    """Trains in a work directory that is this run's and this process's."""
+    config = experiment.config
     result_path = workdir / "result.json"
     if result_path.exists():
         return json.loads(result_path.read_text())
@@ -109,8 +122,9 @@ def train(
     wall_time_before = writer.wall_time
     training_seconds, training_steps = 0.0, 0
     device_free = time.monotonic()
+    seconds_per_step = CALL_SECONDS  # not known before the first call, which is of one step
 
-    def write(split: str, step: int, values: dict[str, float | None]) -> None:
+    def write(split: str, step: int, values: dict[str, float | None]) -> Row:
         row = {
             "step": step,
             "epoch": step / experiment.steps_per_epoch,
@@ -119,23 +133,26 @@ def train(
             **values,
         }
         writer.write(row)
-        progress.show(row)
+        return row
 
     def finish(call: _Dispatched) -> None:
         """Waits for a call and writes what it has to say."""
-        nonlocal training_seconds, training_steps, device_free
+        nonlocal training_seconds, training_steps, device_free, seconds_per_step
         jax.block_until_ready(call.sums)
         now = time.monotonic()
         training_seconds += now - device_free
         training_steps += call.num_steps
-        progress.advance(call.step)
+        seconds_per_step = (now - device_free) / call.num_steps
+        rows = []
         if call.log:
             rate = training_steps * batch_size / training_seconds
-            write("train", call.step, mean_metrics(call.sums) | {"images_per_second": rate})
+            values = mean_metrics(call.sums) | {"images_per_second": rate}
+            rows.append(write("train", call.step, values))
             training_seconds, training_steps = 0.0, 0
         if call.test is not None:
-            write("test", call.step, mean_metrics(call.test))
+            rows.append(write("test", call.step, mean_metrics(call.test)))
             now = time.monotonic()
+        progress.show(call.step, rows)
         device_free = now
 
     def save() -> None:
@@ -148,8 +165,9 @@ def train(
         # The device always has the next call to do while the host writes what the last one did.
         waiting: _Dispatched | None = None
         while step < total_steps:
+            longest = min(max_steps, max(int(CALL_SECONDS / seconds_per_step), 1))
             until = min(
-                step + max_steps,
+                step + longest,
                 total_steps,
                 *((step // every + 1) * every for every in (log_every, eval_every, save_every)),
             )
@@ -160,11 +178,12 @@ def train(
             if waiting is not None:
                 finish(waiting)
             waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0, test)
-            if last or step % save_every == 0 or stop.is_set():
+            stopping = stop.is_set()  # read once: what is then raised must have been saved
+            if last or step % save_every == 0 or stopping:
                 finish(waiting)
                 waiting = None
                 save()
-            if stop.is_set() and not last:
+            if stopping and not last:
                 checkpoints.close()
                 raise Interrupted(step, total_steps)
         checkpoints.close()
@@ -216,6 +235,8 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: Any) -> None:
         requested.set()
+        # Not by print, which may be what was interrupted.
+        os.write(2, b"\nstopping after the steps under way; again to stop at once\n")
         signal.signal(number, before[signals.index(signal.Signals(number))])
 
     for number in signals:

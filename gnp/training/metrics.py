@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -66,9 +67,20 @@ class MetricsWriter:
 class Progress:
     """Live progress on standard error: a bar on a terminal, plain lines otherwise."""
 
+    # The values shown: key in a row, name, format.
+    _TRAIN = (
+        ("loss", "loss", ".4f"),
+        ("error", "error", ".2%"),
+        ("learning_rate", "lr", ".2e"),
+        ("grad_norm", "grad", ".3g"),
+        ("radius", "r", ".3g"),
+        ("ratio", "ratio", ".3g"),
+        ("images_per_second", "images/s", ",.0f"),
+    )
+    _TEST = (("error", "test error", ".2%"),)
+
     def __init__(self, *, total_steps: int, steps_per_epoch: float, step: int):
-        self._total, self._per_epoch = total_steps, steps_per_epoch
-        self._epochs = total_steps / steps_per_epoch
+        self._total, self._steps_per_epoch = total_steps, steps_per_epoch
         self._first, self._begin = step, time.monotonic()
         self._shown: dict[str, str] = {}
         self._bar = (
@@ -77,44 +89,35 @@ class Progress:
             else None
         )
 
-    def advance(self, step: int) -> None:
-        """Says that the run has reached `step`."""
+    def show(self, step: int, rows: Sequence[Row]) -> None:
+        """Says that the run has reached `step`, and what it logged there."""
+        for row in rows:
+            for key, name, form in self._TRAIN if row["split"] == "train" else self._TEST:
+                if key in row:
+                    self._shown[name] = text(row[key], form)
         if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update(step - self._bar.n)
-
-    def show(self, row: Row) -> None:
-        """Shows the newest values."""
-        shown = {
-            "loss": ("loss", ".4f"),
-            "error": ("error", ".2%"),
-            "learning_rate": ("lr", ".2e"),
-            "grad_norm": ("grad", ".3g"),
-            "radius": ("r", ".3g"),
-            "ratio": ("ratio", ".3g"),
-            "images_per_second": ("images/s", ",.0f"),
-        }
-        if row["split"] == "test":
-            shown = {"error": ("test error", ".2%")}
-        for key, (name, form) in shown.items():
-            if key in row:
-                self._shown[name] = "not finite" if row[key] is None else format(row[key], form)
-        if self._bar is not None:
-            self._bar.set_postfix(self._shown)
-        elif row["split"] == "train":
-            values = "  ".join(f"{name} {text}" for name, text in self._shown.items())
-            place = f"epoch {row['epoch']:.1f}/{self._epochs:.1f}  step {row['step']}/{self._total}"
-            done = (row["step"] - self._first) / max(self._total - self._first, 1)
+        elif rows:
+            values = "  ".join(f"{name} {value}" for name, value in self._shown.items())
+            epochs = f"{step / self._steps_per_epoch:.1f}/{self._total / self._steps_per_epoch:.1f}"
+            done = (step - self._first) / max(self._total - self._first, 1)
             left = (time.monotonic() - self._begin) * (1 / max(done, 1e-9) - 1)
-            self.say(f"{place}  {values}  eta {left:.0f} s")
+            self.say(f"epoch {epochs}  step {step}/{self._total}  {values}  eta {left:.0f} s")
 
-    def say(self, text: str) -> None:
+    def say(self, line: str) -> None:
         """Prints a line above the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(line, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def text(value: float | None, form: str) -> str:
+    """A metric's value for a person; None is one that is not finite."""
+    return "not finite" if value is None else format(value, form)

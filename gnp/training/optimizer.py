@@ -1,6 +1,7 @@
 """From a configuration to an Optax chain and its schedules."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,6 @@ from ml_collections import ConfigDict
 
 from gnp import transforms
 from gnp.config import parse_duration
-from gnp.transforms.weight_decay import decay_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +23,11 @@ class Optimizer:
       learning_rate: the schedule, a function of the number of updates already made.
       l2: λ of L2 regularization. It is not in `tx`: λθ belongs to both of GR's gradients, so the
         step adds (λ/2)‖θ‖² to the loss.
-      b2: β₂ of the second moment whose mean scales scheduled weight decay.
     """
 
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     l2: float
-    b2: float
 
     def report(self, opt_state: optax.OptState, count: jax.Array) -> dict[str, Any]:
         """What the last update did, as (value, weight) pairs; a weight of 0 is no value."""
@@ -42,7 +40,7 @@ class Optimizer:
                 values["radius"] = (state.radius, one)
                 values["ratio"] = (state.ratio, one)
             if isinstance(state, transforms.ScheduledWeightDecayState):
-                values["swd_factor"] = (decay_factor(state.mean_nu, state.count, self.b2), one)
+                values["swd_factor"] = (state.factor, one)
         return values
 
 
@@ -62,30 +60,55 @@ def build(config: ConfigDict, *, steps_per_epoch: float, total_steps: int) -> Op
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
 
-    base, b2 = base_optimizer(config.optimizer)
+    base = base_optimizer(config.optimizer, config.lr.base)
     kind, value = config.weight_decay.kind, config.weight_decay.value
-    if kind == "scheduled" and config.optimizer.name == "sgd":
-        # SGDS: SGD has no second moment; its effective rate is η / (1 − momentum).
-        parts += [base, optax.add_decayed_weights(value / (1 - config.optimizer.momentum))]
-    elif kind == "scheduled":
-        parts.append(transforms.scheduled_weight_decay(base, value, b2=b2))
+    rate = optax.scale_by_learning_rate(schedule)
+    if kind == "scheduled":
+        parts += [_scheduled_decay(base, value, config.optimizer), rate]
     elif kind in ("coupled", "decoupled"):
         # One update, θ ← (1 − ηλ)θ − ηu, under the names it has for SGD (SWD paper, Eq. 2) and
         # for adaptive optimizers (AdamW, Eq. 8).
-        parts += [base, optax.add_decayed_weights(value)]
+        parts += [base, optax.add_decayed_weights(value), rate]
+    elif kind == "vanilla":
+        parts += [base, rate, optax.add_decayed_weights(-value)]  # θ ← (1 − λ)θ − ηu, Eq. 1
     else:
-        parts.append(base)
-    parts.append(optax.scale_by_learning_rate(schedule))
-    return Optimizer(optax.chain(*parts), schedule, value if kind == "l2" else 0.0, b2)
+        parts += [base, rate]
+    return Optimizer(optax.chain(*parts), schedule, value if kind == "l2" else 0.0)
 
 
-def base_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, float]:
-    """The base optimizer without its learning rate, and the β₂ of its second moment."""
-    if config.name == "adam":
-        return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), config.b2
-    if config.name == "rmsprop":
-        return optax.scale_by_rms(decay=config.decay, eps=config.eps), config.decay
-    return optax.trace(decay=config.momentum, nesterov=config.nesterov), config.b2
+def base_optimizer(config: ConfigDict, base_learning_rate: float) -> optax.GradientTransformation:
+    """The base optimizer of a configuration, without its learning rate."""
+    betas = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    makers: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adam": lambda: optax.scale_by_adam(**betas),
+        "amsgrad": lambda: transforms.scale_by_amsgrad(**betas),
+        "yogi": lambda: optax.scale_by_yogi(**betas),
+        "radam": lambda: optax.scale_by_radam(**betas),
+        "padam": lambda: transforms.scale_by_padam(**betas, partial=config.partial),
+        "adabound": lambda: transforms.scale_by_adabound(
+            **betas,
+            final_ratio=config.final_learning_rate / base_learning_rate,
+            gamma=config.gamma,
+        ),
+        "rmsprop": lambda: optax.scale_by_rms(decay=config.decay, eps=config.eps),
+        "sgd": lambda: optax.trace(decay=config.momentum, nesterov=config.nesterov),
+    }
+    return makers[config.name]()
+
+
+def _scheduled_decay(
+    base: optax.GradientTransformation, value: float, config: ConfigDict
+) -> optax.GradientTransformation:
+    """Scheduled weight decay of a base optimizer."""
+    if config.name == "sgd":
+        # SGDS: SGD has no second moment; its effective rate is η / (1 − momentum).
+        return optax.chain(base, optax.add_decayed_weights(value / (1 - config.momentum)))
+    return transforms.scheduled_weight_decay(
+        base,
+        value,
+        b2=config.decay if config.name == "rmsprop" else config.b2,
+        second_moment=(lambda s: s.nu_max) if config.name in ("amsgrad", "padam") else None,
+    )
 
 
 def learning_rate(
@@ -112,13 +135,15 @@ def learning_rate(
 
     warmup_steps = steps(config.warmup)
     remaining = max(total_steps - warmup_steps, 1)
-    drops = jnp.array([steps(text) for text in config.drops], jnp.int32)
+    # What lies beyond the run may lie beyond int32 too.
+    beyond = total_steps + 1
+    drops = jnp.array([min(steps(text), beyond) for text in config.drops], jnp.int32)
     # Where the periods of warm restarts begin; the last entry lies beyond the run.
     restarts, period = [warmup_steps], steps(config.restart_period)
     while restarts[-1] <= total_steps:
         restarts.append(restarts[-1] + period)
         period *= config.restart_multiplier
-    starts = jnp.array(restarts, jnp.int32)
+    starts = jnp.array(restarts, jnp.float32)
 
     def after_warmup(count: jax.Array) -> jax.Array:
         if config.schedule == "cosine":

@@ -65,6 +65,10 @@ def mean_metrics(sums: MetricSums) -> dict[str, float | None]:
     """The weighted means, on the host; None where there was no value, or it is not finite."""
     means = {}
     for name, (total, weight) in jax.device_get(sums).items():
-        mean = float(total) / float(weight) if weight else math.nan
-        means[name] = mean if math.isfinite(mean) else None
+        means[name] = finite(float(total) / float(weight)) if weight else None
     return means
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where it is not finite, which JSON has no number for."""
+    return value if math.isfinite(value) else None

@@ -4,12 +4,16 @@ Reference: Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 20
 (arXiv:2406.09723), Eq. 1-4.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+ESTIMATORS = ("finite_difference", "exact")
+PENALTIES = ("norm", "squared_norm")
 
 
 class GradientRegularizationState(NamedTuple):
@@ -18,12 +22,19 @@ class GradientRegularizationState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuple.count, which no state needs
     radius: jax.Array
     ratio: jax.Array
-    grad_norm: jax.Array
+    grad_norm: jax.Array  # of the gradient that is perturbed along; with groups, their mean
     perturbed_grad_norm: jax.Array  # 0 where the second gradient was not computed
 
 
 def gradient_regularization(
-    radius: optax.ScalarOrSchedule, ratio: optax.ScalarOrSchedule
+    radius: optax.ScalarOrSchedule,
+    ratio: optax.ScalarOrSchedule,
+    *,
+    estimator: str = "finite_difference",
+    penalty: str = "norm",
+    num_groups: int | None = None,
+    adaptive: bool = False,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Penalises the norm of the gradient.
 
@@ -48,16 +59,34 @@ def gradient_regularization(
       radius: :math:`r_t`, the length of the perturbation in units of the parameters.
       ratio: :math:`\alpha_t`, dimensionless. Both are floats or schedules, called with t = 1 for
         the first update, t = count + 1 in general; `warmup` makes those of the paper.
+      estimator: "finite_difference", as above, or "exact": the linearised
+        :math:`g + H \epsilon` in place of :math:`\nabla L(\theta + \epsilon)`, by `jax.jvp` of
+        `grad_fn`, so that :math:`g_{GR} = g + \lambda_t H g / \|g\|` without truncation error.
+        It costs about four gradients a step, and a `grad_fn` that can be differentiated forward.
+      penalty: "norm", or "squared_norm" for :math:`L + (\lambda/2) \|\nabla L\|^2`, where
+        :math:`\epsilon = r_t\, g` is not normalised.
+      num_groups: m, for m-sharpness (extension; Foret et al., "Sharpness-Aware Minimization",
+        ICLR 2021). Every leaf of `updates` then has a leading axis of m gradients, one
+        a group of examples; `grad_fn` maps m parameter trees, stacked likewise, to m gradients;
+        each group is perturbed along its own gradient, and the mean over the groups is returned.
+      adaptive: scales the perturbation per parameter (extension; Kwon et al., "ASAM", ICML
+        2021): :math:`\epsilon = r_t\, \theta^2 g / \|\theta g\|`, element by element. With
+        "squared_norm", :math:`\epsilon = r_t\, \theta^2 g`.
+      mask: a tree of booleans of the parameters' structure (or a function that makes it from the
+        parameters) that says what is perturbed, for instance all but biases and norms; the norm in
+        :math:`\epsilon` is over what is (extension).
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with
-      `update(updates, state, params, *, grad_fn)`. `updates` are the gradients at `params`;
-      `grad_fn(params)` returns gradients of the same structure. Further extra arguments are
-      ignored.
+      `update(updates, state, params, *, grad_fn, ascent_grads=None)`. `updates` are the gradients
+      at `params`; `grad_fn(params)` returns gradients of the same structure. `ascent_grads`, where
+      given, is perturbed along in place of `updates` (extension): the gradient of a fraction f of
+      the batch, say. With the ratio 1.0 `updates` are then not used, and a compiled step costs
+      1 + f gradients. Further extra arguments are ignored.
 
     Raises:
-      ValueError: if `radius` or `ratio` is a negative number, or if `update` is called without
-        `params` or `grad_fn`.
+      ValueError: if an argument is none of the above, or if `update` is called without `params` or
+        `grad_fn`, or with a leading axis that is not `num_groups`.
 
     Reference:
       Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024, Eq. 1-4.
@@ -75,14 +104,21 @@ def gradient_regularization(
     for name, value in (("radius", radius), ("ratio", ratio)):
         if not callable(value) and not isinstance(value, jax.core.Tracer) and value < 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if penalty not in PENALTIES:
+        raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+    if num_groups is not None and num_groups < 1:
+        raise ValueError(f"num_groups must be 1 or more, got {num_groups}")
     # A plain number is known when the step is traced: 0 then leaves no second gradient in the
-    # program, and any other needs no branch.
+    # program, 1 no first one in the mix, and neither needs a branch.
     fixed_ratio = ratio if isinstance(ratio, (int, float)) else None
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
         del params
-        zero = jnp.zeros((), jnp.float32)
-        return GradientRegularizationState(jnp.zeros((), jnp.int32), zero, zero, zero, zero)
+        return GradientRegularizationState(
+            jnp.zeros((), jnp.int32), *(jnp.zeros((), jnp.float32) for _ in range(4))
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -90,6 +126,7 @@ def gradient_regularization(
         params: optax.Params | None = None,
         *,
         grad_fn: Callable[[Any], Any] | None = None,
+        ascent_grads: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientRegularizationState]:
         del extra_args
@@ -107,18 +144,46 @@ def gradient_regularization(
         t = optax.safe_increment(state.count)
         radius_t = jnp.asarray(radius(t) if callable(radius) else radius)
         ratio_t = jnp.asarray(ratio(t) if callable(ratio) else ratio)
-        norm = _global_norm(updates)
+        ascent = updates if ascent_grads is None else ascent_grads
+
+        norm_fn: Callable[..., Any] = _global_norm
+        perturbation = functools.partial(
+            _perturbation,
+            normalise=penalty == "norm",
+            adaptive=adaptive,
+            mask=mask(params) if callable(mask) else mask,
+        )
+        origin = params
+        if num_groups is not None:
+            _check_groups(ascent, num_groups)
+            norm_fn = jax.vmap(norm_fn)
+            perturbation = jax.vmap(perturbation, in_axes=(None, 0, None))
+            origin = jax.tree.map(
+                lambda p: jnp.broadcast_to(p, (num_groups, *jnp.shape(p))), params
+            )
 
         def regularized(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
-            scale = jnp.where(norm > 0, radius_t / jnp.where(norm > 0, norm, 1), 0)
-            perturbed = jax.tree.map(lambda p, g: _add_scaled(p, g, scale), params, updates)
-            second = grad_fn(perturbed)
-            mixed = jax.tree.map(lambda g, h: _mix(g, h, ratio_t), updates, second)
-            return mixed, _global_norm(second)
+            epsilon = perturbation(params, ascent, radius_t)
+            if estimator == "exact":
+                tangents = jax.tree.map(
+                    lambda e, p: jnp.asarray(e, jnp.asarray(p).dtype), epsilon, origin
+                )
+                first, product = jax.jvp(grad_fn, (origin,), (tangents,))
+                second = jax.tree.map(jnp.add, first, product)
+            else:
+                second = grad_fn(jax.tree.map(_add, origin, epsilon))
+            if fixed_ratio == 1:
+                mixed = jax.tree.map(
+                    lambda g, h: jnp.asarray(h, jnp.asarray(g).dtype), updates, second
+                )
+            else:
+                mixed = jax.tree.map(lambda g, h: _mix(g, h, ratio_t), updates, second)
+            return _mean(mixed, num_groups), jnp.mean(norm_fn(second))
 
         def plain(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
-            return updates, jnp.zeros_like(norm)
+            return _mean(updates, num_groups), jnp.zeros_like(norm)
 
+        norm = jnp.mean(norm_fn(ascent))
         if fixed_ratio is not None:
             mixed, second_norm = (regularized if fixed_ratio else plain)(updates)
         else:
@@ -129,21 +194,72 @@ def gradient_regularization(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _perturbation(
+    params: optax.Params,
+    grads: optax.Updates,
+    radius: jax.Array,
+    *,
+    normalise: bool,
+    adaptive: bool,
+    mask: Any | None,
+) -> optax.Updates:
+    """The perturbation ε, in float32 at least; zero for a zero gradient and where masked out."""
+    if mask is not None:
+        grads = jax.tree.map(
+            lambda keep, g: g if keep else jax.tree.map(jnp.zeros_like, g), mask, grads
+        )
+    scaled = grads
+    if adaptive:
+        scaled = jax.tree.map(lambda p, g: _wide(p) * _wide(g), params, grads)
+    scale = radius
+    if normalise:
+        norm = _global_norm(scaled)
+        scale = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
+
+    def epsilon(param: jax.Array, scaled_grad: jax.Array) -> jax.Array:
+        wide = _wide(scaled_grad)
+        if adaptive:
+            wide = _wide(param) * wide
+        return scale.astype(wide.dtype) * wide
+
+    return jax.tree.map(epsilon, params, scaled)
+
+
 def _wide(x: jax.Array) -> jax.Array:
     """`x` in float32 at least."""
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _global_norm(tree: Any) -> jax.Array:
-    return jnp.sqrt(sum((jnp.sum(jnp.square(_wide(x))) for x in jax.tree.leaves(tree)), 0.0))
+    squares = (jnp.sum(jnp.square(_wide(x))) for x in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
-def _add_scaled(param: jax.Array, grad: jax.Array, scale: jax.Array) -> jax.Array:
-    grad = _wide(grad)
-    return (_wide(param) + scale.astype(grad.dtype) * grad).astype(param.dtype)
+def _add(param: jax.Array, epsilon: jax.Array) -> jax.Array:
+    param = jnp.asarray(param)
+    return (param.astype(epsilon.dtype) + epsilon).astype(param.dtype)
 
 
 def _mix(first: jax.Array, second: jax.Array, ratio: jax.Array) -> jax.Array:
     wide = _wide(first)
     ratio = ratio.astype(wide.dtype)
-    return ((1 - ratio) * wide + ratio * second.astype(wide.dtype)).astype(first.dtype)
+    mixed = (1 - ratio) * wide + ratio * jnp.asarray(second, wide.dtype)
+    return mixed.astype(jnp.asarray(first).dtype)
+
+
+def _mean(tree: Any, num_groups: int | None) -> Any:
+    """The mean over the groups' leading axis, where there is one."""
+    if num_groups is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.mean(_wide(x), axis=0).astype(x.dtype), tree)
+
+
+def _check_groups(tree: Any, num_groups: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.shape(leaf)[:1] != (num_groups,):
+            raise ValueError(
+                f"with num_groups={num_groups} every gradient has a leading axis of that length, "
+                f"but the one at {jax.tree_util.keystr(path) or 'the root'} has the shape "
+                f"{jnp.shape(leaf)}: take the gradients with jax.vmap over the groups"
+            )

@@ -13,10 +13,14 @@ import optax
 
 
 class ScheduledWeightDecayState(NamedTuple):
-    """The number of updates made, the mean of v (not bias-corrected), and the inner state."""
+    r"""The number of updates made, the mean of v (not bias-corrected), and the inner state.
+
+    `factor` is the :math:`1 / \sqrt{\bar v_t}` of the last update, to be plotted.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count, which no state needs
     mean_nu: jax.Array
+    factor: jax.Array
     inner_state: optax.OptState
 
 
@@ -26,6 +30,7 @@ def scheduled_weight_decay(
     *,
     b2: float | jax.Array = 0.999,
     mask: Any | Callable[[optax.Params], Any] | None = None,
+    second_moment: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Decoupled weight decay that is scaled by the inverse root of the mean second moment.
 
@@ -51,6 +56,9 @@ def scheduled_weight_decay(
       b2: :math:`\beta_2`, that of the base optimizer where it has one.
       mask: a tree of booleans of the parameters' structure (or a function that makes it from
         the parameters) that says what decays. :math:`\bar v` is over all parameters in any case.
+      second_moment: a function from the inner state to the tree of :math:`v_t`, for a base
+        optimizer whose :math:`v_t` is not the moving average of :math:`g_t^2`, as AMSGrad's
+        running maximum: :math:`\bar v_t` is then the mean of that, over :math:`1 - \beta_2^t`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`; extra arguments go to `inner`.
@@ -78,7 +86,10 @@ def scheduled_weight_decay(
     def init_fn(params: optax.Params) -> ScheduledWeightDecayState:
         dtype = _wide_dtype(params)
         return ScheduledWeightDecayState(
-            jnp.zeros((), jnp.int32), jnp.zeros((), dtype), inner.init(params)
+            count=jnp.zeros((), jnp.int32),
+            mean_nu=jnp.zeros((), dtype),
+            factor=jnp.zeros((), dtype),
+            inner_state=inner.init(params),
         )
 
     def update_fn(
@@ -93,34 +104,33 @@ def scheduled_weight_decay(
             )
         t = optax.safe_increment(state.count)
         dtype = state.mean_nu.dtype
-        mean_nu = (b2 * state.mean_nu + (1 - b2) * _mean_square(updates, dtype)).astype(dtype)
-        factor = decay_factor(mean_nu, t, b2)
+        mean_nu = (b2 * state.mean_nu + (1 - b2) * _mean(updates, dtype, power=2)).astype(dtype)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        if second_moment is not None:
+            mean_nu = _mean(second_moment(inner_state), dtype, power=1)
+        factor = _decay_factor(mean_nu, t, b2)
 
         def decayed(update: jax.Array, param: jax.Array) -> jax.Array:
-            decay = (weight_decay * factor).astype(dtype) * param.astype(dtype)
-            return (update.astype(dtype) + decay).astype(update.dtype)
+            decay = (weight_decay * factor).astype(dtype) * jnp.asarray(param, dtype)
+            return (jnp.asarray(update, dtype) + decay).astype(jnp.asarray(update).dtype)
 
         decay_tree = mask(params) if callable(mask) else mask
         if decay_tree is None:
             updates = jax.tree.map(decayed, updates, params)
         else:
             updates = jax.tree.map(
-                lambda decays, u, p: decayed(u, p) if decays else u, decay_tree, updates, params
+                lambda decays, u, p: jax.tree.map(decayed, u, p) if decays else u,
+                decay_tree,
+                updates,
+                params,
             )
-        return updates, ScheduledWeightDecayState(t, mean_nu, inner_state)
+        return updates, ScheduledWeightDecayState(t, mean_nu, factor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def decay_factor(mean_nu: jax.Array, t: jax.Array, b2: float | jax.Array) -> jax.Array:
-    r"""The factor :math:`1 / \sqrt{\bar v_t}` of the decay; 0 where :math:`\bar v_t` is 0.
-
-    Args:
-      mean_nu: the mean of :math:`v_t`, before bias correction, a scalar.
-      t: the number of updates made.
-      b2: :math:`\beta_2`.
-    """
+def _decay_factor(mean_nu: jax.Array, t: jax.Array, b2: float | jax.Array) -> jax.Array:
+    """1/√v̄, or 0 where v̄ is 0; `mean_nu` is before bias correction."""
     corrected = mean_nu / (1 - jnp.asarray(b2, mean_nu.dtype) ** t)
     positive = corrected > 0
     return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, corrected, 1)), 0)
@@ -128,10 +138,11 @@ def decay_factor(mean_nu: jax.Array, t: jax.Array, b2: float | jax.Array) -> jax
 
 def _wide_dtype(tree: Any) -> Any:
     """The dtype of the tree's leaves, float32 at least."""
-    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+    return jnp.result_type(jnp.float32, *(jnp.asarray(x).dtype for x in jax.tree.leaves(tree)))
 
 
-def _mean_square(tree: Any, dtype: Any) -> jax.Array:
+def _mean(tree: Any, dtype: Any, *, power: int) -> jax.Array:
+    """The mean over all elements of all leaves to a power."""
     leaves = jax.tree.leaves(tree)
-    total = sum((jnp.sum(jnp.square(x.astype(dtype))) for x in leaves), jnp.zeros((), dtype))
-    return total / max(sum(x.size for x in leaves), 1)
+    total = sum((jnp.sum(jnp.asarray(x, dtype) ** power) for x in leaves), jnp.zeros((), dtype))
+    return total / max(sum(jnp.size(x) for x in leaves), 1)

@@ -1,6 +1,9 @@
 """A whole run in a work directory, on digits."""
 
+import contextlib
 import json
+import shutil
+import signal
 import threading
 
 import jax
@@ -10,10 +13,11 @@ from tensorboardX.proto import event_pb2
 
 from gnp import config as gnp_config
 from gnp.errors import UserError
-from gnp.training import train
+from gnp.training import Interrupted, loop, train
 from gnp.training.evaluation import evaluate_checkpoint
 from gnp.training.experiment import Experiment
-from gnp.training.loop import _stop_requests
+from gnp.training.files import lock
+from gnp.training.metrics import MetricsWriter, Progress
 
 
 def make_config(**fields):
@@ -106,6 +110,48 @@ def test_a_checkpoint_is_evaluated(finished):
         evaluate_checkpoint(make_config(), workdir, step=7)
 
 
+def test_killed_between_the_last_checkpoint_and_the_result(finished, tmp_path):
+    workdir, result = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    again = train(make_config(), tmp_path / "run", command="the command")
+    assert again["wall_time"] >= result["wall_time"]
+    assert again | {"wall_time": 0} == result | {"wall_time": 0}
+    assert read_rows(tmp_path / "run") == read_rows(workdir)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 3, 4])
+def test_what_is_interrupted_is_saved_whenever_the_signal_comes(tmp_path, monkeypatch, reads):
+    """An event that is set from its n-th reading on."""
+
+    class Later:
+        def is_set(self):
+            self.count = getattr(self, "count", 0) + 1
+            return self.count >= reads
+
+    monkeypatch.setattr(loop, "_stop_requests", lambda: contextlib.nullcontext(Later()))
+    with pytest.raises(Interrupted) as stop:
+        train(make_config(), tmp_path)
+    assert (tmp_path / "checkpoints" / str(stop.value.step)).is_dir()
+
+
+def test_one_process_a_directory(tmp_path):
+    with lock(tmp_path), pytest.raises(UserError, match="another process is training in"):
+        train(make_config(), tmp_path)
+
+
+def test_a_line_of_progress_shows_the_newest_evaluation(capsys):
+    progress = Progress(total_steps=20, steps_per_epoch=10.0, step=0)
+    train_row = {"split": "train", "loss": 1.5, "error": 0.5}
+    progress.show(4, [])
+    progress.show(10, [train_row, {"split": "test", "error": 0.25}])
+    progress.show(20, [train_row | {"loss": None}, {"split": "test", "error": 0.125}])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("epoch 1.0/2.0  step 10/20  loss 1.5000  error 50.00%")
+    assert "test error 25.00%" in first and "test error 12.50%" in second
+    assert "loss not finite" in second
+
+
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     workdir, result = finished
     monkeypatch.setattr(Experiment, "load_data", None)
@@ -126,6 +172,7 @@ def test_another_configuration_is_refused_with_the_difference(finished):
     [
         ({"data__batch_size": 2000}, "but digits has only 1437 training examples"),
         ({"model__num_heads": 5}, "model.num_heads 5 does not divide model.width 12"),
+        ({"gr__warmup": "30st"}, "config.gr.warmup is '30st', 30 steps, but the run has only 29"),
         ({"mesh__data": 3}, "config.data.batch_size is 100, which 3 devices do not divide"),
         ({"data__name": "digitss"}, "did you mean 'digits'?"),
     ],
@@ -147,8 +194,6 @@ def test_work_directories_that_cannot_be(tmp_path):
 
 
 def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
-    from gnp.training.metrics import MetricsWriter
-
     row = {"step": 3, "epoch": 1.0, "wall_time": 2.0, "split": "train", "loss": 1.5}
     later = row | {"step": 8}
     path = tmp_path / "metrics.jsonl"
@@ -160,22 +205,24 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
     assert [r["step"] for r in read_rows(tmp_path)] == [3, 6]
 
 
-def test_the_first_signal_asks_and_the_second_acts():
-    import signal
-
-    with _stop_requests() as stop:
-        signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(number, capfd):
+    before = signal.getsignal(number)
+    with loop._stop_requests() as stop:
+        signal.raise_signal(number)
         assert stop.is_set()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert "stopping after the steps under way" in capfd.readouterr().err
+        assert signal.getsignal(number) is before  # so a second one acts as if there were no run
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [
+        *(signal.default_int_handler, signal.SIG_DFL)
+    ]
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
     seen = []
 
     def enter():
-        with _stop_requests() as stop:
+        with loop._stop_requests() as stop:
             seen.append(stop.is_set())
 
     thread = threading.Thread(target=enter)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from gnp import config as gnp_config
+from gnp import transforms
 from gnp.training import optimizer as optimizers
 
 TOTAL, PER_EPOCH, BASE = 100, 10.0, 0.4
@@ -109,6 +110,15 @@ def grad_fn(params):
     [
         ({"optimizer__name": "adam"}, optax.adam(BASE)),
         ({"optimizer__name": "rmsprop"}, optax.rmsprop(BASE)),
+        ({"optimizer__name": "yogi"}, optax.yogi(BASE, eps=1e-8)),
+        ({"optimizer__name": "radam"}, optax.radam(BASE)),
+        ({"optimizer__name": "amsgrad"}, transforms.amsgrad(BASE)),
+        ({"optimizer__name": "padam"}, transforms.padam(BASE)),
+        ({"optimizer__name": "adabound"}, transforms.adabound(BASE)),
+        (
+            {"optimizer__name": "amsgrad", "weight_decay__kind": "scheduled"},
+            transforms.adams(BASE, weight_decay=0.1, amsgrad=True),
+        ),
         ({"optimizer__name": "sgd"}, optax.sgd(BASE, 0.9)),
         (
             {"optimizer__name": "sgd", "optimizer__nesterov": True},
@@ -123,7 +133,7 @@ def grad_fn(params):
             optax.chain(optax.clip_by_global_norm(0.5), optax.adam(BASE)),
         ),
     ],
-    ids=["adam", "rmsprop", "sgd", "nesterov", "adamw", "clipped"],
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",
 )
 def test_optaxs_own_optimizers(fields, reference):
     if "weight_decay__kind" in fields:
@@ -132,6 +142,41 @@ def test_optaxs_own_optimizers(fields, reference):
     theirs = descend(optax.with_extra_args_support(reference), grad_fn, jnp.array(PARAMS))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+def test_gr_comes_before_clipping():
+    """SGD on clip(GR(g)), by hand; clip(g) would point elsewhere."""
+    tx = build(gr__policy="none", gr__radius=0.5, clip_norm=0.5, optimizer__name="sgd").tx
+    theta, momentum = PARAMS, np.zeros(3)
+
+    def gradient(x):
+        return np.array([1.0, 3.0, 0.2]) * np.sin(x)
+
+    for params in descend(tx, grad_fn, jnp.array(PARAMS)):
+        g = gradient(theta)
+        g = gradient(theta + 0.5 * g / np.linalg.norm(g))
+        momentum = 0.9 * momentum + g * min(1, 0.5 / np.linalg.norm(g))
+        theta = theta - BASE * momentum
+        np.testing.assert_allclose(params, theta, rtol=1e-10)
+
+
+def test_vanilla_decay_is_equation_1():
+    """θ ← (1 − λ)θ − ηu: the learning rate does not scale the decay."""
+    tx = build(optimizer__name="sgd", weight_decay__kind="vanilla", weight_decay__value=0.2).tx
+    theta, momentum = PARAMS, np.zeros(3)
+    for params in descend(tx, grad_fn, jnp.array(PARAMS)):
+        momentum = 0.9 * momentum + np.array([1.0, 3.0, 0.2]) * np.sin(theta)
+        theta = (1 - 0.2) * theta - BASE * momentum
+        np.testing.assert_allclose(params, theta, rtol=1e-10)
+
+
+def test_what_lies_beyond_the_run_lies_beyond_int32_too():
+    rates = learning_rates(lr__schedule="step", lr__drops="50%,999999999999ep")
+    np.testing.assert_allclose(rates[50:], BASE * 0.1, rtol=1e-6)
+    rates = learning_rates(
+        lr__schedule="restarts", lr__restart_period="1ep", lr__restart_multiplier=100_000_000
+    )
+    assert np.isfinite(rates).all()
 
 
 def test_coupled_decay_is_equation_2():

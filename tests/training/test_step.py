@@ -26,7 +26,7 @@ def tiny(**overrides):
 
 def make_optimizer(radius=0.0, ratio=0.0, l2=0.0):
     gr = transforms.gradient_regularization(radius, ratio)
-    return Optimizer(optax.chain(gr, optax.sgd(LR)), lambda count: LR, l2, 0.999)
+    return Optimizer(optax.chain(gr, optax.sgd(LR)), lambda count: LR, l2)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_both_gradients_see_the_same_masks(batch):
 
 def test_masks_change_from_step_to_step(batch):
     model = tiny(dropout=0.5)
-    frozen = Optimizer(optax.chain(optax.set_to_zero()), lambda count: 0.0, 0.0, 0.999)
+    frozen = Optimizer(optax.chain(optax.set_to_zero()), lambda count: 0.0, 0.0)
     state = init(model, frozen)
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(0), (8, 3))
     step = jax.jit(make_train_step(model, frozen, seed=0, log_every=1))
@@ -172,9 +172,18 @@ def test_metrics_begin_anew_after_each_log_line(data):
     assert mean_metrics(sums)["ratio"] == 0.5
 
 
+def compiled_text(call, state, data, devices):
+    data = jax.device_put(data, replicated(make_mesh(devices, batch_size=16)))
+    return call.lower(state, data, 6).compile().as_text()
+
+
 def test_one_device_and_eight_agree(data):
-    one, _, _ = run_calls(data, [6], devices=1)
-    eight, _, _ = run_calls(data, [6], devices=8)
+    one, _, call = run_calls(data, [6], devices=1)
+    assert "all-reduce(" not in compiled_text(call, one, data, 1)
+    eight, _, call = run_calls(data, [6], devices=8)
+    # A device has its share of the batch's 17 tokens an image, and gradients are summed over all.
+    text = compiled_text(call, eight, data, 8)
+    assert "all-reduce(" in text and "f32[2,17," in text and "f32[16,17," not in text
     assert eight.step.sharding.num_devices == 8
     # Sums over the batch are taken in another order: some ulps, grown over six steps.
     jax.tree.map(

@@ -130,6 +130,25 @@ def test_extreme_gradients_stay_finite(scale, dtype):
         np.testing.assert_array_equal(updates, grads)
 
 
+def test_a_prefix_mask_and_scalars_are_taken_as_optax_takes_them():
+    params = {"layer": {"kernel": jnp.array([2.0]), "bias": 3.0}, "gain": jnp.array(1.0)}
+    grads = jax.tree.map(lambda _: jnp.array(2.0), params)
+    tx = transforms.scheduled_weight_decay(
+        optax.identity(), 0.5, mask={"layer": True, "gain": False}
+    )
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["layer"]["kernel"], 2 + 0.5 / 2 * 2, rtol=1e-10)
+    np.testing.assert_allclose(updates["layer"]["bias"], 2 + 0.5 / 2 * 3, rtol=1e-10)
+    np.testing.assert_array_equal(updates["gain"], 2)
+
+
+def test_the_factor_of_the_last_update_is_in_the_state():
+    tx = transforms.scheduled_weight_decay(optax.identity(), 0.5)
+    params = jnp.ones(2)
+    _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(params), params)
+    np.testing.assert_allclose(state.factor, 1 / np.sqrt(12.5), rtol=1e-10)
+
+
 def test_extra_arguments_reach_the_inner_transform():
     inner = transforms.gradient_regularization(0.1, 1.0)
     tx = transforms.scheduled_weight_decay(inner, 0.0)
