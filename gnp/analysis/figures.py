@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
+from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -176,6 +176,47 @@ def error_curves(runs: Mapping[str, Run | Sequence[Run]]) -> Figure:
     _scale_y(axes)
     axes.set_xlim(left=0)
     axes.legend()
+    return figure
+
+
+@_styled
+def variance_surface(
+    t: np.ndarray | None = None, gamma: np.ndarray | None = None, sigma1: float = 1.0
+) -> Figure:
+    """The variance of the adaptive learning rate ψ (Eq. 9) over t and γ, as in Figure 3.
+
+    From left to right a training that goes on, from bottom to top gradients that decay faster.
+    The bands are a third of a decade wide; the lines between every third carry the variance.
+
+    Args:
+      t: numbers of steps, increasing; 3, where the variance becomes finite, to 1000 by default.
+      gamma: decays of the gradients' variance in a step, increasing; 0.001 to 1 by default.
+      sigma1: σ₁, the variance of the first gradient.
+
+    Reference: Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024.
+    """
+    from gnp.analysis.adaptive_lr import variance_psi  # loads jax, which no figure of a run needs
+
+    t = np.geomspace(3, 1000, 200) if t is None else np.asarray(t)
+    gamma = np.geomspace(1e-3, 1, 200) if gamma is None else np.asarray(gamma)
+    variance = variance_psi(t, sigma1, gamma[:, None])
+    exponents = 3 * np.log10([variance.min(), variance.max()])
+    thirds = np.arange(np.floor(exponents[0]), np.ceil(exponents[1]) + 1)
+    figure = Figure(figsize=(5.2, 3.6))
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlabel="step t", ylabel="decay rate γ")
+    # cividis: even in lightness, so that it prints in grey, and the same to the colour-blind
+    bands = axes.contourf(t, gamma, variance, 10 ** (thirds / 3), norm="log", cmap="cividis")
+    decades = 10 ** (thirds[thirds % 3 == 0] / 3)
+    lines = axes.contour(t, gamma, variance, decades, colors="white", linewidths=1.2)
+    lines.set_path_effects([patheffects.withStroke(linewidth=2.4, foreground="black")])
+    for text in axes.clabel(lines, fmt="{:g}".format, fontsize=9.5, inline=False):
+        text.set_bbox({"facecolor": "black", "edgecolor": "none", "pad": 1.5})
+    bar = figure.colorbar(bands, format="{x:g}", ticks=decades)
+    bar.set_label(f"variance of ψ (Eq. 9, σ₁ = {sigma1:g})")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.grid(visible=False)
     return figure
 
 

@@ -53,7 +53,11 @@ def gradient_regularization(
     Cost: two gradients a step, and one where :math:`\alpha_t = 0` (the second is not computed).
 
     Put it first in a chain: it wants the raw gradient. `grad_fn` must be the gradient of the loss
-    that gave `updates`: same batch, same dropout mask, no running statistics written.
+    that gave `updates`: same batch, same dropout mask, no running statistics written. It wants all
+    parameters, so use `mask` in place of `optax.masked` or `optax.partition`. To accumulate
+    gradients, let `updates` and `grad_fn` both be means over the microbatches, as in
+    scripts/examples/accumulation.py: inside `optax.MultiSteps`, `grad_fn` would be that of the last
+    microbatch alone.
 
     Args:
       radius: :math:`r_t`, the length of the perturbation in units of the parameters.
@@ -141,6 +145,11 @@ def gradient_regularization(
                 "update(grads, state, params, grad_fn=jax.grad(loss)), where loss(params) is the "
                 "loss that gave grads"
             )
+        if any(_is_masked(x) for x in jax.tree.leaves(params, is_leaf=_is_masked)):
+            raise ValueError(
+                "gradient_regularization inside optax.masked or optax.partition sees a part of the "
+                "parameters, but grad_fn wants all: put it outside, and use its argument mask"
+            )
         t = optax.safe_increment(state.count)
         radius_t = jnp.asarray(radius(t) if callable(radius) else radius)
         ratio_t = jnp.asarray(ratio(t) if callable(ratio) else ratio)
@@ -223,6 +232,10 @@ def _perturbation(
         return scale.astype(wide.dtype) * wide
 
     return jax.tree.map(epsilon, params, scaled)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -126,9 +126,9 @@ def sgds(
     >>> print(updates)  # -0.1 (2 + 0.01 / (1 - 0.5))
     [-0.202]
     """
-    if not 0 <= momentum < 1:
+    if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    if weight_decay < 0:
+    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay < 0:
         raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}")
     return optax.chain(
         optax.scale(1 - dampening),
@@ -259,7 +259,7 @@ def _scale_by_moments(
     """Adam's raw moments and the running maximum; `direction(m, v_max, t)` element by element."""
 
     def init_fn(params: optax.Params) -> ScaleByAmsgradState:
-        zeros = (optax.tree.zeros_like(params) for _ in range(3))
+        zeros = (_wide_zeros(params) for _ in range(3))
         return ScaleByAmsgradState(jnp.zeros((), jnp.int32), *zeros)
 
     def update_fn(
@@ -267,15 +267,34 @@ def _scale_by_moments(
     ) -> tuple[optax.Updates, ScaleByAmsgradState]:
         del params
         t = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
+        mu, nu = _moments(updates, state.mu, state.nu, b1, b2)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
         updates = jax.tree.map(
-            lambda m, v: direction(m, v, t.astype(m.dtype)).astype(m.dtype), mu, nu_max
+            lambda g, m, v: direction(m, v, t.astype(m.dtype)).astype(jnp.asarray(g).dtype),
+            updates,
+            mu,
+            nu_max,
         )
         return updates, ScaleByAmsgradState(t, mu, nu, nu_max)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _wide_zeros(params: optax.Params) -> optax.Updates:
+    """Zeros in float32 at least: bfloat16 cannot hold a moving average with β₂ = 0.999."""
+    return jax.tree.map(
+        lambda p: jnp.zeros(jnp.shape(p), jnp.result_type(jnp.float32, jnp.asarray(p).dtype)),
+        params,
+    )
+
+
+def _moments(
+    grads: optax.Updates, mu: optax.Updates, nu: optax.Updates, b1: float, b2: float
+) -> tuple[optax.Updates, optax.Updates]:
+    """The moving averages of g and g², in the dtype of those before."""
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * jnp.asarray(g, m.dtype), mu, grads)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.asarray(g, v.dtype) ** 2, nu, grads)
+    return mu, nu
 
 
 class ScaleByAdaboundState(NamedTuple):
@@ -291,7 +310,7 @@ def scale_by_adabound(
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
-    final_ratio: float,
+    final_ratio: float | jax.Array,
     gamma: float = 1e-3,
 ) -> optax.GradientTransformation:
     """The direction of `adabound`, without its learning rate.
@@ -300,7 +319,7 @@ def scale_by_adabound(
     """
 
     def init_fn(params: optax.Params) -> ScaleByAdaboundState:
-        zeros = (optax.tree.zeros_like(params) for _ in range(2))
+        zeros = (_wide_zeros(params) for _ in range(2))
         return ScaleByAdaboundState(jnp.zeros((), jnp.int32), *zeros)
 
     def update_fn(
@@ -308,17 +327,16 @@ def scale_by_adabound(
     ) -> tuple[optax.Updates, ScaleByAdaboundState]:
         del params
         t = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, state.nu, updates)
+        mu, nu = _moments(updates, state.mu, state.nu, b1, b2)
 
-        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+        def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             time = t.astype(m.dtype)
             step = jnp.sqrt(1 - b2**time) / (1 - b1**time) / (jnp.sqrt(v) + eps)
             lower = final_ratio * (1 - 1 / (gamma * time + 1))
             upper = final_ratio * (1 + 1 / (gamma * time))
-            return (jnp.clip(step, lower, upper) * m).astype(m.dtype)
+            return (jnp.clip(step, lower, upper) * m).astype(jnp.asarray(g).dtype)
 
-        return jax.tree.map(direction, mu, nu), ScaleByAdaboundState(t, mu, nu)
+        return jax.tree.map(direction, updates, mu, nu), ScaleByAdaboundState(t, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -331,7 +349,7 @@ def adabound(
     *,
     final_learning_rate: float = 0.1,
     gamma: float = 1e-3,
-    base_learning_rate: float | None = None,
+    base_learning_rate: float | jax.Array | None = None,
 ) -> optax.GradientTransformation:
     r"""AdaBound: Adam whose step sizes close in on those of SGD.
 
@@ -374,8 +392,8 @@ def adabound(
     True
     """
     if base_learning_rate is None:
-        base_learning_rate = float(learning_rate(0) if callable(learning_rate) else learning_rate)
-    if base_learning_rate <= 0:
+        base_learning_rate = learning_rate(0) if callable(learning_rate) else learning_rate
+    if not isinstance(base_learning_rate, jax.core.Tracer) and base_learning_rate <= 0:
         raise ValueError(
             f"the learning rate at count 0 is {base_learning_rate}, which the final one cannot be "
             "relative to: give base_learning_rate, the schedule's highest"

@@ -131,7 +131,7 @@ def scheduled_weight_decay(
 
 def _decay_factor(mean_nu: jax.Array, t: jax.Array, b2: float | jax.Array) -> jax.Array:
     """1/√v̄, or 0 where v̄ is 0; `mean_nu` is before bias correction."""
-    corrected = mean_nu / (1 - jnp.asarray(b2, mean_nu.dtype) ** t)
+    corrected = mean_nu / (1 - jnp.asarray(b2, mean_nu.dtype) ** t.astype(mean_nu.dtype))
     positive = corrected > 0
     return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, corrected, 1)), 0)
 
