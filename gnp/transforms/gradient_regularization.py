@@ -66,7 +66,8 @@ def gradient_regularization(
       estimator: "finite_difference", as above, or "exact": the linearised
         :math:`g + H \epsilon` in place of :math:`\nabla L(\theta + \epsilon)`, by `jax.jvp` of
         `grad_fn`, so that :math:`g_{GR} = g + \lambda_t H g / \|g\|` without truncation error.
-        It costs about four gradients a step, and a `grad_fn` that can be differentiated forward.
+        It costs about three gradients a step, four where the ratio is a schedule (the branch then
+        computes the first anew), and wants a `grad_fn` that can be differentiated forward.
       penalty: "norm", or "squared_norm" for :math:`L + (\lambda/2) \|\nabla L\|^2`, where
         :math:`\epsilon = r_t\, g` is not normalised.
       num_groups: m, for m-sharpness (extension; Foret et al., "Sharpness-Aware Minimization",
