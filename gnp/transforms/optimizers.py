@@ -150,7 +150,31 @@ class ScaleByAmsgradState(NamedTuple):
 def scale_by_amsgrad(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """The direction of `amsgrad`, without its learning rate."""
+    r"""The direction of `amsgrad`, to be chained with weight decay and a learning rate.
+
+    .. math::
+      u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v^{max}_t / (1 - \beta_2^t)} + \epsilon}
+
+    Cost: one gradient a step; the moments and the maximum, in float32 at least.
+
+    Args:
+      b1: :math:`\beta_1`.
+      b2: :math:`\beta_2`.
+      eps: :math:`\epsilon`.
+
+    Returns:
+      An `optax.GradientTransformation` with a `ScaleByAmsgradState`.
+
+    Reference:
+      Reddi et al., "On the Convergence of Adam and Beyond", ICLR 2018; the form is PyTorch's.
+
+    >>> import jax.numpy as jnp
+    >>> from gnp import transforms
+    >>> tx = transforms.scale_by_amsgrad()
+    >>> updates, _ = tx.update(jnp.array([2.0]), tx.init(jnp.array([1.0])))
+    >>> bool(jnp.allclose(updates, 1.0))
+    True
+    """
 
     def direction(m: jax.Array, v_max: jax.Array, t: jax.Array) -> jax.Array:
         v_hat = v_max / (1 - b2**t)
@@ -200,7 +224,34 @@ def amsgrad(
 def scale_by_padam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, partial: float = 0.125
 ) -> optax.GradientTransformation:
-    """The direction of `padam`, without its learning rate."""
+    r"""The direction of `padam`, to be chained with weight decay and a learning rate.
+
+    .. math::
+      u_t = \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
+            \frac{m_t}{(\sqrt{v^{max}_t} + \epsilon)^{2p}}
+
+    Cost: one gradient a step; the moments and the maximum, in float32 at least.
+
+    Args:
+      b1: :math:`\beta_1`.
+      b2: :math:`\beta_2`.
+      eps: :math:`\epsilon`.
+      partial: p, from 0 (SGD with momentum) to 1/2 (AMSGrad).
+
+    Returns:
+      An `optax.GradientTransformation` with a `ScaleByAmsgradState`.
+
+    Reference:
+      Chen et al., "Closing the Generalization Gap of Adaptive Gradient Methods in Training Deep
+      Neural Networks", IJCAI 2020.
+
+    >>> import jax.numpy as jnp
+    >>> from gnp import transforms
+    >>> tx = transforms.scale_by_padam(partial=0.5)
+    >>> updates, _ = tx.update(jnp.array([2.0]), tx.init(jnp.array([1.0])))
+    >>> bool(jnp.allclose(updates, 1.0))
+    True
+    """
 
     def direction(m: jax.Array, v_max: jax.Array, t: jax.Array) -> jax.Array:
         step = jnp.sqrt(1 - b2**t) / (1 - b1**t)
@@ -313,9 +364,36 @@ def scale_by_adabound(
     final_ratio: float | jax.Array,
     gamma: float = 1e-3,
 ) -> optax.GradientTransformation:
-    """The direction of `adabound`, without its learning rate.
+    r"""The direction of `adabound`, to be chained with weight decay and a learning rate.
 
-    `final_ratio` is the final learning rate over the base one: the schedule scales both.
+    .. math::
+      u_t = \operatorname{clip}\!\left(
+      \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{1}{\sqrt{v_t} + \epsilon},\;
+      \rho \Bigl(1 - \frac{1}{\gamma t + 1}\Bigr),\;
+      \rho \Bigl(1 + \frac{1}{\gamma t}\Bigr)\right) m_t, \qquad \rho = \eta^* / \eta_0
+
+    Cost: one gradient a step; the moments, in float32 at least.
+
+    Args:
+      b1: :math:`\beta_1`.
+      b2: :math:`\beta_2`.
+      eps: :math:`\epsilon`.
+      final_ratio: :math:`\rho`, the final learning rate over the base one: the schedule that
+        follows in the chain scales both.
+      gamma: :math:`\gamma`, how fast the bounds close in, per update.
+
+    Returns:
+      An `optax.GradientTransformation` with a `ScaleByAdaboundState`.
+
+    Reference:
+      Luo et al., "Adaptive Gradient Methods with Dynamic Bound of Learning Rate", ICLR 2019.
+
+    >>> import jax.numpy as jnp
+    >>> from gnp import transforms
+    >>> tx = transforms.scale_by_adabound(final_ratio=100.0, gamma=1e6)
+    >>> updates, _ = tx.update(jnp.array([2.0]), tx.init(jnp.array([1.0])))
+    >>> bool(jnp.allclose(updates, 100.0 * 0.1 * 2.0))  # bounds that are closed
+    True
     """
 
     def init_fn(params: optax.Params) -> ScaleByAdaboundState:
