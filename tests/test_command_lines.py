@@ -52,7 +52,7 @@ def test_help(module):
         (["--confg.gr.radius=1"], "unknown flag '--confg.gr.radius'"),
         (["--workdr=x"], "unknown flag '--workdr'; did you mean '--workdir'?"),
         (["--config.lr.warmup=10"], "'10' is no duration"),
-        (["--config.data.batch_size=1438"], "digits has only 1437 training examples"),
+        (["--config.data.batch_size=1440"], "digits has only 1437 training examples"),
         (["--config.model.name=vit_tt"], "did you mean 'vit_ti'?"),
         (["--config.data.name=cifar100", "--config.data.data_dir=nowhere"], "cifar100 is not in"),
     ],
