@@ -154,6 +154,11 @@ def load(path: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {filename!r} does not define get_config(argument)")
     config = module.get_config(argument)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config in {filename!r} returns a {type(config).__name__}; it must return a "
+            "ConfigDict made from gnp.config.default()"
+        )
     for field, text in overrides:
         override(config, field, text)
     return config

@@ -145,6 +145,9 @@ def test_a_missing_config_file_names_the_nearest(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match="does not define get_config"):
         gnp_config.load(str(tmp_path / "empty.py"))
+    (tmp_path / "none.py").write_text("def get_config(argument):\n  pass\n")
+    with pytest.raises(UserError, match="returns a NoneType; it must return a ConfigDict"):
+        gnp_config.load(str(tmp_path / "none.py"))
 
 
 def test_an_error_in_a_config_file_keeps_its_traceback(tmp_path):

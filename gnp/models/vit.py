@@ -138,6 +138,11 @@ class VisionTransformer(nn.Module):
             )
         if width % heads:
             raise UserError(f"model.num_heads {heads} does not divide model.width {width}")
+        mlp_ratio = fields.get("mlp_ratio", cls.mlp_ratio)
+        if round(mlp_ratio * width) < 1:
+            raise UserError(
+                f"model.mlp_ratio {mlp_ratio} leaves no features of model.width {width}"
+            )
         return cls(**fields)
 
     @nn.compact

@@ -161,6 +161,7 @@ def test_stochastic_depth_drops_whole_examples():
         ({"name": "vit_tiny"}, "unknown model 'vit_tiny'; did you mean 'vit_ti'?"),
         ({"widht": 3}, "model 'vit_ti' has an unknown field 'widht'; did you mean 'width'?"),
         ({"num_heads": 5}, "model.num_heads 5 does not divide model.width 192"),
+        ({"mlp_ratio": 0.001}, "model.mlp_ratio 0.001 leaves no features of model.width 192"),
         ({"patch_size": 5}, "model.patch_size 5 does not divide the images' 32 pixels"),
         ({"image_size": 40}, "no usual patch size for images of 40 pixels"),
     ],
