@@ -1,6 +1,7 @@
 """What the command lines share: a parser and an end that tell a user's mistake in one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -34,5 +35,6 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:  # as in `… | head`
         code = 1
     except KeyboardInterrupt:
-        code = 130
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # a compilation that is under way does not survive an orderly exit
     sys.exit(code)

@@ -422,7 +422,8 @@ $status
 $numbers
 </dl>
 <h2>Curves</h2>
-<p class="faint">Shaded: the warmup. Faint: values as logged, under their running mean.</p>
+<p class="faint">Shaded: the warmup. Rows, where they are many, are faint under their running
+mean.</p>
 <div class="grid">
 $figures
 </div>

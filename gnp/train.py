@@ -22,6 +22,8 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
     flags, rest = parser.parse_known_args()
+    if not flags.workdir.name:
+        raise UserError("--workdir names no directory; write --workdir=runs/NAME")
     config = gnp_config.load(flags.config, _overrides(rest))
     gnp_config.validate(config)
 

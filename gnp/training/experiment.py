@@ -76,7 +76,9 @@ class Experiment:
                 std=std,
             ),
             eval_batches={
-                name: EvalBatches(count, eval_batch_size, mean, std)
+                name: EvalBatches(
+                    count, min(eval_batch_size, -(-count // devices) * devices), mean, std
+                )
                 for name, count in self.source.num_examples.items()
             },
         )

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -
         return json.loads(result_path.read_text())
 
     began = time.monotonic()
+    print(f"decoding {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
     data = experiment.load_data()
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     step = checkpoints.latest_step() or 0
@@ -210,7 +212,10 @@ def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             changed = difference(json.loads(path.read_text()), json.loads(text))
-            if changed:
+            metrics = workdir / "metrics.jsonl"
+            if changed and not (metrics.exists() and metrics.stat().st_size):
+                write_atomically(path, text + "\n")  # that run never made a step worth keeping
+            elif changed:
                 raise UserError(
                     f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
                     "choose another --workdir, or the same configuration to continue it"
@@ -250,11 +255,11 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 def _summary(experiment: Experiment, params: int, seconds: float, step: int) -> str:
     counts = experiment.source.num_examples
-    begin = f"continues at step {step} of" if step else "0 of"
+    begin = f"continues at step {step}" if step else "begins at step 0"
     return (
         f"{experiment.config.model.name} ({params:,} parameters) on {experiment.source.name} "
         f"({counts['train']:,} training and {counts['test']:,} test images), "
-        f"{_devices(experiment)}; ready in {seconds:.1f} s; step {begin} {experiment.total_steps}"
+        f"{_devices(experiment)}; ready in {seconds:.1f} s; {begin} of {experiment.total_steps}"
     )
 
 
