@@ -17,7 +17,8 @@ paper leaves it open: the decay is decoupled, and the norm that gradients are cl
 
 scale=small on two CPU cores, one seed, images decoded from JPEG copies: test error 38.8 % with
 gr=off, 42.1 % with none, 41.5 % with r, 42.0 % with lambda, 40.2 % with zero; 5 minutes without GR,
-10 to 17 with it on a machine that did other work too. scale=paper has not been run.
+10 to 17 with it on a machine that did other work too (run on
+commit 607e0bd; rounding differs). scale=paper has not been run.
 """
 
 from ml_collections import ConfigDict
