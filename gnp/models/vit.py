@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gnp.errors import UserError
+from gnp.errors import UserError, unknown
+from gnp.models import layers
+from gnp.models.layers import Dtype
 
 # The patch that each usual image size is cut into: 64 tokens at 32 and 64 pixels, 196 at 224.
 PATCH_SIZES = {8: 2, 16: 2, 32: 4, 64: 8, 224: 16}
-
-Dtype = Any
+POOLS = ("token", "mean")
 
 
 def _xavier_per_projection(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
@@ -44,57 +45,40 @@ class SelfAttention(nn.Module):
         return dense(width, kernel_init=nn.initializers.xavier_uniform(), name="proj")(x)
 
 
-class Mlp(nn.Module):
-    """Two dense layers with an exact GELU between them."""
-
-    hidden: int
-    dropout: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        dense = functools.partial(
-            nn.Dense,
-            kernel_init=nn.initializers.xavier_uniform(),
-            bias_init=nn.initializers.normal(1e-6),
-            dtype=self.dtype,
-        )
-        width = x.shape[-1]
-        x = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return dense(width, name="fc2")(x)
-
-
 class Block(nn.Module):
-    """A pre-norm transformer block.
+    """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    Each of its two residual branches is dropped as a whole, per example, with probability
-    `stochastic_depth` in training (Huang et al., 2016).
+    Each of its two residual branches is dropped as a whole, per example, with probability `rate`
+    in training.
     """
 
     num_heads: int
     mlp_ratio: float
     dropout: float
-    stochastic_depth: float
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, rate: jax.Array | None, train: bool) -> jax.Array:
         def residual(branch: jax.Array) -> jax.Array:
             branch = nn.Dropout(self.dropout, deterministic=not train)(branch)
-            # One mask an example: the same for all its tokens and features.
-            drop = nn.Dropout(self.stochastic_depth, broadcast_dims=(1, 2))
-            return drop(branch, deterministic=not train)
+            return layers.StochasticDepth()(branch, rate, train)
 
+        mlp = layers.Mlp(
+            hidden=round(self.mlp_ratio * x.shape[-1]),
+            dropout=self.dropout,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(1e-6),
+            dtype=self.dtype,
+            name="mlp",
+        )
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x)
         x = x + residual(SelfAttention(self.num_heads, self.dtype, name="attn")(y))
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
-        hidden = round(self.mlp_ratio * x.shape[-1])
-        return x + residual(Mlp(hidden, self.dropout, self.dtype, name="mlp")(y, train))
+        return x + residual(mlp(y, train))
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer with a class token and a learned position embedding.
+    """A vision transformer with learned position embeddings.
 
     Images float32[B, H, W, C] to logits float32[B, num_classes]. Initialised as published: the
     patch embedding LeCun-normal, positions normal with deviation 0.02, attention and MLP kernels
@@ -107,8 +91,12 @@ class VisionTransformer(nn.Module):
       depth: blocks.
       num_heads: attention heads; they divide `width`.
       mlp_ratio: the MLP's hidden features over `width`.
+      pool: what the head sees: "token", a class token beside the patches, or "mean", of the
+        patches (then there is no class token).
       dropout: rate after the embedding, the attention and in the MLP.
       stochastic_depth: rate of the last block; the others' grows linearly from 0.
+      scan: compile the block once, in a loop; see `layers.repeat`.
+      remat: what the backward pass computes again: "none", "full" or "dots"; `layers.REMAT`.
       dtype: of the arithmetic; parameters and logits are float32.
     """
 
@@ -118,8 +106,11 @@ class VisionTransformer(nn.Module):
     depth: int
     num_heads: int
     mlp_ratio: float = 4.0
+    pool: str = "token"
     dropout: float = 0.0
     stochastic_depth: float = 0.0
+    scan: bool = False
+    remat: str = "none"
     dtype: Dtype = jnp.float32
 
     @classmethod
@@ -131,48 +122,32 @@ class VisionTransformer(nn.Module):
                     f"no usual patch size for images of {image_size} pixels; set model.patch_size"
                 )
             fields["patch_size"] = PATCH_SIZES[image_size]
-        patch, width, heads = fields["patch_size"], fields["width"], fields["num_heads"]
-        if image_size % patch:
-            raise UserError(
-                f"model.patch_size {patch} does not divide the images' {image_size} pixels"
-            )
-        if width % heads:
-            raise UserError(f"model.num_heads {heads} does not divide model.width {width}")
-        mlp_ratio = fields.get("mlp_ratio", cls.mlp_ratio)
-        if round(mlp_ratio * width) < 1:
-            raise UserError(
-                f"model.mlp_ratio {mlp_ratio} leaves no features of model.width {width}"
-            )
-        return cls(**fields)
+        model = cls(**fields)
+        layers.check_patches(image_size, model.patch_size)
+        layers.check_heads(model.width, model.num_heads)
+        layers.check_mlp(model.width, model.mlp_ratio)
+        layers.check_remat(model.remat)
+        if model.pool not in POOLS:
+            raise unknown("model.pool", model.pool, POOLS)
+        return model
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        x = _patches(images.astype(self.dtype), self.patch_size)
-        # A convolution whose stride is its kernel's size is a matrix product over patches.
+        x = layers.patches(images.astype(self.dtype), self.patch_size)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(x)
-        token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
-        token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
-        x = jnp.concatenate([token, x], axis=1)
+        if self.pool == "token":
+            token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
+            token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
+            x = jnp.concatenate([token, x], axis=1)
         shape = (1, x.shape[1], self.width)
         x = x + self.param("pos_embed", nn.initializers.normal(0.02), shape).astype(x.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        for i in range(self.depth):
-            x = Block(
-                num_heads=self.num_heads,
-                mlp_ratio=self.mlp_ratio,
-                dropout=self.dropout,
-                stochastic_depth=self.stochastic_depth * i / max(self.depth - 1, 1),
-                dtype=self.dtype,
-                name=f"blocks_{i}",
-            )(x, train)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x[:, 0])
+        block = Block(self.num_heads, self.mlp_ratio, self.dropout, self.dtype, name="blocks")
+        rates = layers.linear_rates(self.stochastic_depth, self.depth)
+        x = layers.repeat(block, x, self.depth, rates, train, scan=self.scan, remat=self.remat)
+        norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")
+        # The class token alone is normalised where it alone is read.
+        x = norm(x[:, 0]) if self.pool == "token" else norm(x).mean(axis=1)
         zeros = nn.initializers.zeros
         return nn.Dense(self.num_classes, kernel_init=zeros, dtype=jnp.float32, name="head")(x)
-
-
-def _patches(images: jax.Array, size: int) -> jax.Array:
-    """Cuts images [B, H, W, C] into rows of patches [B, H/size · W/size, size · size · C]."""
-    batch, height, width, channels = images.shape
-    rows, columns = height // size, width // size
-    x = images.reshape(batch, rows, size, columns, size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
