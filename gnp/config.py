@@ -31,7 +31,8 @@ def default() -> ConfigDict:
     """The configuration with every field at its default, locked.
 
     A `placeholder` is a field that is unset (None): for the model's sizes this means the
-    registered ones, for `gr.warmup` that of the learning rate, for `clip_norm` no clipping.
+    registered ones (a model refuses a field that it does not have), for `gr.warmup` that of the
+    learning rate, for `clip_norm` no clipping.
     """
     config = ConfigDict(
         {
@@ -42,18 +43,32 @@ def default() -> ConfigDict:
             "clip_norm": placeholder(float),  # the global norm that gradients are clipped to
             "model": {
                 "name": "vit_ti",
-                "patch_size": placeholder(int),
-                "width": placeholder(int),
-                "depth": placeholder(int),
+                "pretrained": placeholder(str),  # a .safetensors file of timm's to begin from
+                "width": placeholder(int),  # of the first stage, where stages differ
+                "depth": placeholder(int),  # vit, cait, lstm
+                "depths": placeholder(tuple),  # blocks of each stage: swin, resnet, densenet
+                "dropout": placeholder(float),
+                "stochastic_depth": placeholder(float),  # vit, swin, cait
+                "patch_size": placeholder(int),  # vit, swin, cait: these and the next six
                 "num_heads": placeholder(int),
                 "mlp_ratio": placeholder(float),
-                "dropout": placeholder(float),
-                "stochastic_depth": placeholder(float),
+                "scan": placeholder(bool),  # compile repeated blocks once, and run them in a loop
+                "remat": placeholder(str),  # computed twice to save memory: none, full, dots
+                "pool": placeholder(str),  # vit: token, mean
+                "window_size": placeholder(int),  # swin
+                "class_depth": placeholder(int),  # cait
+                "layer_scale": placeholder(float),  # cait
+                "stem": placeholder(str),  # CNNs: cifar, imagenet
+                "batch_norm_groups": placeholder(int),  # CNNs: parts of a batch with own statistics
+                "growth_rate": placeholder(int),  # densenet
+                "embedding_size": placeholder(int),  # lstm
+                "hidden_size": placeholder(int),  # lstm, vgg
             },
             "data": {
                 "name": "digits",
                 "data_dir": placeholder(str),  # None: TensorFlow Datasets' own
-                "batch_size": 128,  # over all devices
+                "batch_size": 128,  # over all devices; of text, streams that are read side by side
+                "sequence_length": 35,  # text: words of each stream in a step
                 "augment": "none",  # none, basic (= pad_crop,flip), or operations: pad_crop,flip
                 "padding": 4,  # pixels on each side, of pad_crop
             },
@@ -194,7 +209,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         int: (int, "a whole number"),
         float: (float, "a number"),
         str: (str, "text"),
-        tuple: (lambda t: tuple(x.strip() for x in t.split(",") if x.strip()), "a list a,b,c"),
+        tuple: (_parse_tuple, "a list a,b,c"),
     }
     parse, meaning = parsers[kind]
     try:
@@ -255,6 +270,11 @@ def _parse_bool(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
+def _parse_tuple(text: str) -> tuple[str | int, ...]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    return tuple(int(item) if item.isdecimal() else item for item in items)
+
+
 # --- Validation ---------------------------------------------------------------------------------
 
 
@@ -289,7 +309,18 @@ def validate(config: ConfigDict) -> None:
     }.items():
         if fields[field] not in valid:
             raise unknown(f"config.{field}", fields[field], valid)
-    data.parse_augment(config.data.augment)
+    operations = data.parse_augment(config.data.augment)
+    holds, takes = data.holds(config.data.name), models.list_models()[config.model.name].takes
+    if holds != takes:
+        raise UserError(
+            f"config.model.name is {config.model.name!r}, which takes {takes}, but "
+            f"config.data.name is {config.data.name!r}, which holds {holds}"
+        )
+    if holds == "tokens" and operations:
+        raise UserError(
+            f"config.data.augment is {config.data.augment!r}, but {config.data.name} is a text; "
+            "set it to none"
+        )
 
     def require(field: str, holds: Callable[[Any], bool], meaning: str) -> None:
         value = fields[field]
@@ -297,16 +328,23 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is {value}; it must be {meaning}")
 
     for field in (
-        *("epochs", "clip_norm", "lr.base", "model.mlp_ratio"),
+        *("epochs", "clip_norm", "lr.base", "model.mlp_ratio", "model.layer_scale"),
         *("optimizer.eps", "optimizer.final_learning_rate", "optimizer.gamma"),
     ):
         require(field, lambda x: x > 0, "above 0")
     for field in (
         *("steps_per_call", "data.batch_size", "eval.batch_size", "checkpoint.keep"),
         *("model.patch_size", "model.width", "model.depth", "model.num_heads"),
-        "lr.restart_multiplier",
+        *("model.window_size", "model.class_depth", "model.batch_norm_groups"),
+        *("model.growth_rate", "model.embedding_size", "model.hidden_size"),
+        *("data.sequence_length", "lr.restart_multiplier"),
     ):
         require(field, lambda x: x >= 1, "1 or more")
+    require(
+        "model.depths",
+        lambda x: len(x) > 0 and all(isinstance(d, int) and d >= 1 for d in x),
+        "a list of whole numbers, 1 or more, as 2,2,6,2",
+    )
     for field in ("weight_decay.value", "gr.radius", "gr.ratio", "data.padding"):
         require(field, lambda x: x >= 0, "0 or more")
     for field in (

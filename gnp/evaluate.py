@@ -25,20 +25,21 @@ def main() -> int:
 
     # Here, since JAX is slow to import.
     from gnp.training.evaluation import evaluate_checkpoint
-    from gnp.training.metrics import text
+    from gnp.training.metrics import headline, text
 
     values = evaluate_checkpoint(config, flags.workdir, step=flags.step)
     if flags.json:
         print(json.dumps(values))
         return 0
     print(f"{flags.workdir}, step {values['step']}")
-    for split in ("train", "test"):
-        of_split = values[split]
+    for split, of_split in values.items():
+        if not isinstance(of_split, dict):
+            continue
         print(
-            f"{split:>6}: error {text(of_split['error'], '.2%')}, "
+            f"{split:>6}: {' '.join(headline(of_split))}, "
             f"loss {text(of_split['loss'], '.4f')}, "
             f"gradient norm {text(of_split['grad_norm'], '.4g')} "
-            f"({of_split['num_examples']:,} images)"
+            f"({of_split['num_examples']:,} {values['unit']}s)"
         )
     return 0
 

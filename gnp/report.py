@@ -38,20 +38,20 @@ class _Panel(NamedTuple):
     percent: bool = False
 
 
+def _of_each_split(key: str) -> tuple[tuple[str, str, str], ...]:
+    return tuple((split, key, split) for split in ("train", "valid", "test"))
+
+
 _PANELS = (
+    _Panel("Perplexity", "exp(loss).", figures.perplexity, _of_each_split("perplexity")),
     _Panel(
         "Error",
         "Examples classified wrongly.",
         figures.error,
-        (("train", "error", "train"), ("test", "error", "test")),
+        _of_each_split("error"),
         percent=True,
     ),
-    _Panel(
-        "Loss",
-        "Mean over examples.",
-        figures.loss,
-        (("train", "loss", "train"), ("test", "loss", "test")),
-    ),
+    _Panel("Loss", "Mean over examples.", figures.loss, _of_each_split("loss")),
     _Panel(
         "Gradient norm",
         "Of the first and, if any, the perturbed gradient.",
@@ -191,8 +191,12 @@ def _numbers(run: runs.Run) -> Iterator[str]:
     """The key figures: the final ones, or the latest of a run that has not ended."""
     result = run.result or {}
     step, epoch = run.last
-    yield _entry("Test error", _percent(run.final("test", "error")), kind="main")
-    yield _entry("Train error", _percent(run.final("train", "error")), "last logged")
+    of_text = run.has("test", "perplexity")
+    key, show = ("perplexity", _decimal) if of_text else ("error", _percent)
+    yield _entry(f"Test {key}", show(run.final("test", key)), kind="main")
+    if run.has("valid", key):
+        yield _entry(f"Validation {key}", show(run.final("valid", key)))
+    yield _entry(f"Train {key}", show(run.final("train", key)), "last logged")
     yield _entry("Test loss", _decimal(run.final("test", "loss")))
     yield _entry("Train loss", _decimal(run.final("train", "loss")), "last logged")
     steps = int(result.get("steps") or step)
@@ -201,8 +205,11 @@ def _numbers(run: runs.Run) -> Iterator[str]:
     if seconds is None:
         ends = [run.series(split, "wall_time")[1][-1:] for split in run.metrics]
         seconds = max((end.item() for end in ends if end.size), default=math.nan)
-    speeds = run.series("train", "images_per_second")[1]
-    speed = f"{np.nanmedian(speeds):,.0f} images/s" if np.isfinite(speeds).any() else ""
+    speed = ""
+    for unit in ("images", "words"):
+        if run.has("train", f"{unit}_per_second"):
+            speeds = run.series("train", f"{unit}_per_second")[1]
+            speed = f"{np.nanmedian(speeds):,.0f} {unit}/s"
     yield _entry("Time", _time(seconds), speed)
     if result.get("num_params"):
         yield _entry("Parameters", f"{int(result['num_params']):,}")

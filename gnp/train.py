@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from gnp import config as gnp_config
+from gnp import models
 from gnp.command_line import Parser, run
 from gnp.errors import UserError, unknown
 
@@ -21,6 +22,12 @@ def main() -> int:
     parser = Parser("gnp.train", DESCRIPTION)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
+    parser.add_argument(
+        "--list-models",
+        action="version",
+        version=str(models.list_models()),
+        help="print all models with their sizes, cost and paper",
+    )
     flags, rest = parser.parse_known_args()
     if not flags.workdir.name:
         raise UserError("--workdir names no directory; write --workdir=runs/NAME")
@@ -30,7 +37,7 @@ def main() -> int:
     # Here, so that --help and a mistyped field do not wait for JAX.
     from gnp import report
     from gnp.training import Interrupted, train
-    from gnp.training.metrics import text
+    from gnp.training.metrics import headline, text
 
     command = shlex.join(sys.orig_argv)
     try:
@@ -40,7 +47,7 @@ def main() -> int:
         return 130
     path = report.write(flags.workdir, command=command)
     print(
-        f"test error {result['test']['error']:.2%}, "
+        f"test {' '.join(headline(result['test']))}, "
         f"test loss {text(result['test']['loss'], '.4f')} "
         f"after {result['epochs']:.1f} epochs ({result['steps']} steps) "
         f"in {result['wall_time']:.0f} s\nreport: {path}"
@@ -54,7 +61,7 @@ def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
     for argument in arguments:
         flag, equals, text = argument.partition("=")
         if not flag.startswith("--config."):
-            raise unknown("flag", flag, ["--config", "--workdir", "--help"])
+            raise unknown("flag", flag, ["--config", "--workdir", "--list-models", "--help"])
         if not equals:
             raise UserError(f"{flag} has no value; write {flag}=VALUE")
         overrides.append((flag.removeprefix("--config."), text))

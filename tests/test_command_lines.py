@@ -52,7 +52,10 @@ def test_help(module):
         (["--confg.gr.radius=1"], "unknown flag '--confg.gr.radius'"),
         (["--workdr=x"], "unknown flag '--workdr'; did you mean '--workdir'?"),
         (["--config.lr.warmup=10"], "'10' is no duration"),
-        (["--config.data.batch_size=1440"], "digits has only 1437 training examples"),
+        (
+            ["--config.data.batch_size=1440"],
+            "batch_size is 1440, but digits has only 1437 training images",
+        ),
         (["--config.model.name=vit_tt"], "did you mean 'vit_ti'?"),
         (["--config.data.name=cifar100", "--config.data.data_dir=nowhere"], "cifar100 is not in"),
     ],
@@ -91,7 +94,7 @@ def test_train_on_cifar_evaluate_and_report(tmp_path):
     workdir = tmp_path / "run"
     done = train(workdir, *flags, config="configs/cifar_vit.py:scale=small")
     assert done.returncode == 0, done.stderr
-    assert "120 training and 41 test images" in done.stderr
+    assert "120 train, 41 test images" in done.stderr
     assert "test error" in done.stdout
     page = (workdir / "report.html").read_text()
     assert "configs/cifar_vit.py:scale=small" in page and "<svg" in page

@@ -63,9 +63,11 @@ _styled = matplotlib.rc_context(_STYLE)  # as a decorator it leaves the caller's
 
 # Metrics that vary from batch to batch: where there are many rows, the figures show the running
 # mean over a fortieth of the run, and the rows themselves faintly.
-_NOISY = ("loss", "error", "grad_norm", "perturbed_grad_norm")
+_NOISY = ("loss", "error", "perplexity", "grad_norm", "perturbed_grad_norm")
 _FIRST: dict[str, Any] = {"color": BLUE, "linewidth": 1.3}
 _SECOND: dict[str, Any] = {"color": VERMILION, "linewidth": 1.8, "marker": "o"}
+_THIRD: dict[str, Any] = {"color": GREEN, "linewidth": 1.8, "marker": "s", "linestyle": "--"}
+_SPLITS = (("train", _FIRST), ("valid", _THIRD), ("test", _SECOND))
 # The digits that a logarithmic axis labels in each decade, by how many decades it spans.
 _DIGITS = ((1, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,))
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 3)), (0, (3, 3)))
@@ -74,20 +76,30 @@ _MARKERS = ("o", "s", "^", "D", "v", "X")
 
 @_styled
 def error(run: Run) -> Figure:
-    """Training and test error, in percent, against the epoch."""
+    """The error of each split, in percent, against the epoch."""
     figure, axes = _new("error (%)")
-    _draw(axes, run, "train", "error", scale=100, label="train", **_FIRST)
-    _draw(axes, run, "test", "error", scale=100, label="test", **_SECOND)
+    for split, style in _SPLITS:
+        _draw(axes, run, split, "error", scale=100, label=split, **style)
     axes.set_ylim(bottom=0)
     return _finish(figure, [axes], run, run.gr_warmup)
 
 
 @_styled
 def loss(run: Run) -> Figure:
-    """Training and test loss, in nats an example, against the epoch."""
+    """The loss of each split, in nats an image or a word, against the epoch."""
     figure, axes = _new("loss")
-    _draw(axes, run, "train", "loss", label="train", **_FIRST)
-    _draw(axes, run, "test", "loss", label="test", **_SECOND)
+    for split, style in _SPLITS:
+        _draw(axes, run, split, "loss", label=split, **style)
+    _scale_y(axes)
+    return _finish(figure, [axes], run, run.gr_warmup)
+
+
+@_styled
+def perplexity(run: Run) -> Figure:
+    """A language model's perplexity, exp(loss), of each split against the epoch."""
+    figure, axes = _new("perplexity")
+    for split, style in _SPLITS:
+        _draw(axes, run, split, "perplexity", label=split, **style)
     _scale_y(axes)
     return _finish(figure, [axes], run, run.gr_warmup)
 

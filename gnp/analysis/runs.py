@@ -22,7 +22,7 @@ class Run:
     Attributes:
       workdir: the directory that was read.
       config: the resolved configuration, nested.
-      metrics: split ("train", "test") → key ("step", "epoch", "loss", …) → one float64 value a
+      metrics: split ("train", "test", …) → key ("step", "epoch", "loss", …) → one float64 value a
         logged row; NaN where a row has no number for the key.
       result: what the run wrote when it ended; None while it has not.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 from gnp.data.augment import augment
 
-Batch = dict[str, jax.Array]  # "image" and "label", both with the examples along the first axis
+Batch = dict[str, jax.Array]  # "input" and "label", both with the examples along the first axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,11 @@ class TrainBatches:
     padding: int
     mean: np.ndarray
     std: np.ndarray
+
+    @property
+    def examples_per_step(self) -> int:
+        """The images that a step learns from."""
+        return self.batch_size
 
     def order(self, first_step: jax.Array, num_steps: int) -> jax.Array:
         """The examples of `num_steps` (static) successive batches, int32[num_steps, B]."""
@@ -69,7 +74,7 @@ class TrainBatches:
         """
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 1), step)
         images = augment(key, data["image"][indices], self.operations, self.padding)
-        return {"image": normalise(images, self.mean, self.std), "label": data["label"][indices]}
+        return {"input": normalise(images, self.mean, self.std), "label": data["label"][indices]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ class EvalBatches:
         weight = (indices < self.num_examples).astype(jnp.float32)
         indices = jnp.minimum(indices, self.num_examples - 1)
         images = normalise(data["image"][indices], self.mean, self.std)
-        return {"image": images, "label": data["label"][indices], "weight": weight}
+        return {"input": images, "label": data["label"][indices], "weight": weight}
 
 
 def normalise(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Array:

@@ -1,9 +1,9 @@
-"""Image data sets by name, from what is on disk to arrays in memory.
+"""Data sets by name, from what is on disk to arrays in memory.
 
-`digits` comes with the package. The others are read through TensorFlow Datasets (TFDS): a data set
-prepared as ArrayRecord needs no TensorFlow; reading TFRecord files needs it, and so does
-downloading. What TFDS decodes is kept under `$XDG_CACHE_HOME/gnp` (by default `~/.cache/gnp`),
-which may be deleted at any time.
+`digits` comes with the package, `ptb` is plain text. The others are read through TensorFlow
+Datasets (TFDS): a data set prepared as ArrayRecord needs no TensorFlow; reading TFRecord files
+needs it, and so does downloading. What TFDS decodes is kept under `$XDG_CACHE_HOME/gnp` (by default
+`~/.cache/gnp`), which may be deleted at any time.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from gnp.data.text import TextSource, open_ptb
 from gnp.errors import UserError, unknown
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is known of a data set before anything is decoded.
+    """What is known of an image data set before anything is decoded.
 
     Attributes:
       name: as `list_sources` has it.
@@ -68,19 +69,32 @@ class Source:
     num_examples: Mapping[str, int]
     load: Callable[[], dict[str, Split]]
 
+    holds = "images"
+    unit = "image"
+
+    def example(self, batch_size: int) -> np.ndarray:
+        """What a model is initialised with, whatever the size of its batches: one image."""
+        del batch_size
+        return np.zeros((1, *self.image_shape), np.float32)
+
 
 def list_sources() -> list[str]:
     """The names that `open_source` knows."""
-    return ["digits", *_TFDS_NAMES]
+    return ["digits", *_TFDS_NAMES, "ptb"]
 
 
-def open_source(name: str, data_dir: str | None = None) -> Source:
+def holds(name: str) -> str:
+    """What a data set of `list_sources` holds: "images" or "tokens"."""
+    return "tokens" if name == "ptb" else "images"
+
+
+def open_source(name: str, data_dir: str | None = None) -> Source | TextSource:
     """Finds a data set, and downloads it if it is not there and can be had.
 
     Args:
       name: one of `list_sources()`.
       data_dir: the folder of all TFDS data sets; None means TFDS's own, which is `$TFDS_DATA_DIR`
-        or `~/tensorflow_datasets`. `digits` needs none.
+        or `~/tensorflow_datasets`. `digits` needs none; for `ptb` it is the folder of its files.
 
     Raises:
       UserError: for an unknown name, and for data that are neither there nor to be had, or damaged;
@@ -88,6 +102,8 @@ def open_source(name: str, data_dir: str | None = None) -> Source:
     """
     if name == "digits":
         return _digits()
+    if name == "ptb":
+        return open_ptb(data_dir)
     if name in _TFDS_NAMES:
         return _open_tfds(name, data_dir)
     raise unknown("data set", name, list_sources())

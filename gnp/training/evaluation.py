@@ -11,63 +11,86 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gnp.data.pipeline import Batch, EvalBatches
+from gnp.data.text import TextEvalBatches
 from gnp.training.checkpoint import Checkpoints
 from gnp.training.experiment import make_experiment
 from gnp.training.sharding import over_batch, replicated
-from gnp.training.state import MetricSums, TrainState, finite, mean_metrics
+from gnp.training.state import MetricSums, TrainState, finite
 from gnp.training.step import cross_entropy, misclassified
 
 
-def make_evaluate(model: nn.Module, batches: EvalBatches, mesh: Mesh) -> jax.stages.Wrapped:
+def make_evaluate(
+    model: nn.Module, batches: EvalBatches | TextEvalBatches, mesh: Mesh
+) -> jax.stages.Wrapped:
     """Compiles `(state, data) -> sums` of the loss and the error over all examples."""
 
     def evaluate(state: TrainState, data: Batch) -> MetricSums:
-        def batch_sums(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def batch_sums(carry: Any, i: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             batch = jax.lax.with_sharding_constraint(batches.batch(data, i), over_batch(mesh))
-            logits = _logits(model, state, state.params, batch)
+            logits, carry = _logits(model, state, state.params, batch, carry)
             loss = jnp.sum(batch["weight"] * cross_entropy(logits, batch["label"]))
-            return loss, jnp.sum(batch["weight"] * misclassified(logits, batch["label"]))
+            error = jnp.sum(batch["weight"] * misclassified(logits, batch["label"]))
+            return carry, (loss, error)
 
-        losses, errors = jax.lax.map(batch_sums, jnp.arange(batches.num_batches))
+        carry = _first_carry(model, state, batches.batch(data, jnp.int32(0)))
+        steps = jnp.arange(batches.num_batches)
+        losses, errors = jax.lax.scan(batch_sums, carry, steps)[1]
         count = jnp.float32(batches.num_examples)
         return {"loss": (losses.sum(), count), "error": (errors.sum(), count)}
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
 
-def make_grad_norm(model: nn.Module, batches: EvalBatches, mesh: Mesh) -> jax.stages.Wrapped:
+def make_grad_norm(
+    model: nn.Module, batches: EvalBatches | TextEvalBatches, mesh: Mesh
+) -> jax.stages.Wrapped:
     """Compiles `(state, data) ->` the norm of the gradient of the mean loss over all examples.
 
     ‖∇ (1/N) Σᵢ Lᵢ(θ)‖, a float32 scalar, with the model as in evaluation: no augmentation, no
-    dropout, running statistics.
+    dropout, running statistics. A language model's gradient is truncated at the batches' ends.
     """
 
     def grad_norm(state: TrainState, data: Batch) -> jax.Array:
-        def batch_loss(params: Any, i: jax.Array) -> jax.Array:
+        def batch_loss(params: Any, carry: Any, i: jax.Array) -> tuple[jax.Array, Any]:
             batch = jax.lax.with_sharding_constraint(batches.batch(data, i), over_batch(mesh))
-            losses = cross_entropy(_logits(model, state, params, batch), batch["label"])
-            return jnp.sum(batch["weight"] * losses) / batches.num_examples
+            logits, carry = _logits(model, state, params, batch, carry)
+            losses = cross_entropy(logits, batch["label"])
+            return jnp.sum(batch["weight"] * losses) / batches.num_examples, carry
 
-        def add(i: jax.Array, total: Any) -> Any:
-            return jax.tree.map(jnp.add, total, jax.grad(batch_loss)(state.params, i))
+        def add(total_carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], None]:
+            total, carry = total_carry
+            grads, carry = jax.grad(batch_loss, has_aux=True)(state.params, carry, i)
+            return (jax.tree.map(jnp.add, total, grads), carry), None
 
+        carry = _first_carry(model, state, batches.batch(data, jnp.int32(0)))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        return optax.tree.norm(jax.lax.fori_loop(0, batches.num_batches, add, zeros))
+        (total, _), _ = jax.lax.scan(add, (zeros, carry), jnp.arange(batches.num_batches))
+        return optax.tree.norm(total)
 
     return jax.jit(grad_norm, out_shardings=replicated(mesh))
 
 
-def _logits(model: nn.Module, state: TrainState, params: Any, batch: Batch) -> jax.Array:
-    variables = {"params": params, **state.model_state}
-    logits = model.apply(variables, batch["image"], train=False)
-    assert isinstance(logits, jax.Array)  # no collection is mutable
-    return logits
+def _logits(
+    model: nn.Module, state: TrainState, params: Any, batch: Batch, carry: Any
+) -> tuple[jax.Array, Any]:
+    """The logits of a batch, and what the model carries on to the next ({} if nothing)."""
+    others = {name: value for name, value in state.model_state.items() if name != "carry"}
+    logits, updated = model.apply(
+        {"params": params, **others, **carry}, batch["input"], train=False, mutable=["carry"]
+    )
+    return logits, dict(updated)
+
+
+def _first_carry(model: nn.Module, state: TrainState, batch: Batch) -> Any:
+    """What a model carries before the first batch: zeros, or {} if it carries nothing."""
+    shapes = jax.eval_shape(lambda: _logits(model, state, state.params, batch, {})[1])
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def evaluate_checkpoint(
     config: ConfigDict, workdir: str | pathlib.Path, *, step: int | None = None
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on all training and all test images, without augmentation.
+    """Evaluates a checkpoint on all examples of every split, without augmentation.
 
     Args:
       config: the run's.
@@ -75,8 +98,9 @@ def evaluate_checkpoint(
       step: which checkpoint; by default the newest.
 
     Returns:
-      {"step", "train", "test"}, where each split has "loss", "error" (a fraction), "grad_norm"
-      (‖∇ mean loss‖ over the split) and "num_examples".
+      {"step", "train", "test"} and what other splits there are, where each has "loss", "error" (a
+      fraction), for a language model "perplexity", "grad_norm" (‖∇ mean loss‖ over the split) and
+      "num_examples".
 
     Raises:
       UserError: if there is no such checkpoint.
@@ -88,12 +112,12 @@ def evaluate_checkpoint(
     state = checkpoints.restore(experiment.abstract_state(), step)
     checkpoints.close()
     data = experiment.load_data()
-    values: dict[str, Any] = {"step": int(state.step)}
+    values: dict[str, Any] = {"step": int(state.step), "unit": experiment.source.unit}
     for split, batches in data.eval_batches.items():
         evaluate = make_evaluate(experiment.model, batches, experiment.mesh)
         grad_norm = make_grad_norm(experiment.model, batches, experiment.mesh)
         values[split] = {
-            **mean_metrics(evaluate(state, data.arrays[split])),
+            **experiment.mean_metrics(evaluate(state, data.arrays[split])),
             "grad_norm": finite(float(grad_norm(state, data.arrays[split]))),
             "num_examples": batches.num_examples,
         }

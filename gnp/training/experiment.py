@@ -6,34 +6,41 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gnp import config as gnp_config
 from gnp import data, models
 from gnp.data.pipeline import Batch, EvalBatches, TrainBatches, channel_statistics
+from gnp.data.text import TextEvalBatches, TextTrainBatches
 from gnp.errors import UserError
 from gnp.training import optimizer as optimizers
 from gnp.training.sharding import make_mesh, replicated
-from gnp.training.state import TrainState
+from gnp.training.state import MetricSums, TrainState, finite, mean_metrics
 from gnp.training.step import init_state
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A configuration's data set (not yet decoded), model, optimizer and mesh."""
+    """A configuration's data set (images not yet decoded), model, optimizer and mesh."""
 
     config: ConfigDict
-    source: data.Source
+    source: data.Source | data.TextSource
     model: nn.Module
     optimizer: optimizers.Optimizer
     mesh: Mesh
     total_steps: int
 
     @property
+    def examples_per_step(self) -> int:
+        """The images, or the words, that a step learns from."""
+        return _examples_per_step(self.config, self.source)
+
+    @property
     def steps_per_epoch(self) -> float:
-        """Training examples over the batch size; not a whole number in general."""
-        return self.source.num_examples["train"] / self.config.data.batch_size
+        """Training examples over those of a step; not a whole number in general."""
+        return self.source.num_examples["train"] / self.examples_per_step
 
     def steps(self, duration: str) -> int:
         """A duration, as "10ep", in steps of this run."""
@@ -41,8 +48,19 @@ class Experiment:
         return parsed.steps(self.steps_per_epoch, self.total_steps)
 
     def init(self) -> TrainState:
-        """The state before the first step, on every device."""
-        return jax.jit(self._init, out_shardings=replicated(self.mesh))()
+        """The state before the first step, on every device.
+
+        Raises:
+          UserError: if the pretrained weights cannot be read, or are not this model's.
+        """
+        pretrained = None
+        if self.config.model.pretrained is not None:
+            pretrained = models.load_pretrained(
+                self.config.model.name,
+                self.config.model.pretrained,
+                **_model_arguments(self.config, self.source),
+            )
+        return jax.jit(self._init, out_shardings=replicated(self.mesh))(pretrained)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and shardings, for restoring."""
@@ -54,46 +72,66 @@ class Experiment:
 
     def load_data(self) -> "Data":
         """Decodes the data set, or reads it from the cache, and puts it onto the devices."""
-        splits = self.source.load()
-        config = self.config.data
-        mean, std = channel_statistics(splits["train"].images)
         devices = self.mesh.devices.size
+        # A batch is laid over all devices, each of which has as many rows of it.
         eval_batch_size = -(-self.config.eval.batch_size // devices) * devices
-        return Data(
-            arrays={
-                name: jax.device_put(
-                    {"image": split.images, "label": split.labels}, replicated(self.mesh)
-                )
+        config, source = self.config.data, self.source
+        eval_batches: dict[str, Any]
+        if isinstance(source, data.TextSource):
+            arrays = {split: {"word": words} for split, words in source.words.items()}
+            num_streams = self.config.eval.batch_size
+            train_batches: Any = TextTrainBatches(
+                source.num_examples["train"], config.batch_size, config.sequence_length
+            )
+            eval_batches = {
+                split: TextEvalBatches(count, num_streams, config.sequence_length, eval_batch_size)
+                for split, count in source.num_examples.items()
+            }
+        else:
+            splits = source.load()
+            arrays = {
+                name: {"image": split.images, "label": split.labels}
                 for name, split in splits.items()
-            },
-            train_batches=TrainBatches(
-                num_examples=self.source.num_examples["train"],
+            }
+            mean, std = channel_statistics(splits["train"].images)
+            train_batches = TrainBatches(
+                num_examples=source.num_examples["train"],
                 batch_size=config.batch_size,
                 seed=self.config.seed,
                 operations=data.parse_augment(config.augment),
                 padding=config.padding,
                 mean=mean,
                 std=std,
-            ),
-            eval_batches={
+            )
+            eval_batches = {
                 name: EvalBatches(
                     count, min(eval_batch_size, -(-count // devices) * devices), mean, std
                 )
-                for name, count in self.source.num_examples.items()
-            },
-        )
+                for name, count in source.num_examples.items()
+            }
+        arrays = jax.device_put(arrays, replicated(self.mesh))
+        return Data(arrays, train_batches, eval_batches)
 
-    def _init(self) -> TrainState:
-        return init_state(self.model, self.optimizer, self.source.image_shape, self.config.seed)
+    def mean_metrics(self, sums: MetricSums) -> dict[str, float | None]:
+        """The metrics' means, on the host; for text also the perplexity, exp(loss)."""
+        means = mean_metrics(sums)
+        if self.source.unit == "word":
+            loss = means["loss"]
+            means["perplexity"] = None if loss is None else finite(float(np.exp(loss)))
+        return means
+
+    def _init(self, pretrained: Any = None) -> TrainState:
+        example = self.source.example(self.config.data.batch_size)
+        return init_state(self.model, self.optimizer, example, self.config.seed, pretrained)
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A data set's arrays on the devices, "train" and "test", and how batches are made of them."""
+    """A data set's arrays on the devices, by split, and how batches are made of them."""
 
     arrays: dict[str, Batch]
-    train_batches: TrainBatches
-    eval_batches: dict[str, EvalBatches]
+    train_batches: TrainBatches | TextTrainBatches
+    eval_batches: dict[str, EvalBatches] | dict[str, TextEvalBatches]
 
 
 def make_experiment(config: ConfigDict) -> Experiment:
@@ -107,41 +145,60 @@ def make_experiment(config: ConfigDict) -> Experiment:
     mesh = make_mesh(config.mesh.data, batch_size=config.data.batch_size)
     source = data.open_source(config.data.name, config.data.data_dir)
     num_examples, batch_size = source.num_examples["train"], config.data.batch_size
-    if batch_size > num_examples:
+    examples_per_step = _examples_per_step(config, source)
+    if examples_per_step > num_examples:
+        asked = f"config.data.batch_size is {batch_size}"
+        if source.unit == "word":
+            asked += f" streams of config.data.sequence_length {config.data.sequence_length}"
         raise UserError(
-            f"config.data.batch_size is {batch_size}, but {source.name} has only "
-            f"{num_examples} training examples"
+            f"{asked}, but {source.name} has only {num_examples} training {source.unit}s"
         )
-    height, width, _ = source.image_shape
-    if height != width:
-        raise UserError(f"{source.name} has images of {height} × {width} pixels; square ones fit")
-    total_steps = max(round(config.epochs * num_examples / batch_size), 1)
-    if total_steps * batch_size >= 2**31:
+    groups = config.model.batch_norm_groups
+    if groups is not None and batch_size % groups:
         raise UserError(
-            f"config.epochs is {config.epochs:g}: the run would see more than 2**31 examples"
+            f"config.model.batch_norm_groups is {groups}, which does not divide "
+            f"config.data.batch_size {batch_size}"
+        )
+    steps_per_epoch = num_examples / examples_per_step
+    total_steps = max(round(config.epochs * steps_per_epoch), 1)
+    if total_steps * examples_per_step >= 2**31:
+        raise UserError(
+            f"config.epochs is {config.epochs:g}: the run would see more than 2**31 {source.unit}s"
         )
     for field in ("lr", "gr"):
         if config[field].warmup is not None:
             duration = gnp_config.parse_duration(config[field].warmup)
-            steps = duration.steps(num_examples / batch_size, total_steps)
+            steps = duration.steps(steps_per_epoch, total_steps)
             if steps > total_steps:
                 raise UserError(
                     f"config.{field}.warmup is {config[field].warmup!r}, {steps} steps, but the "
                     f"run has only {total_steps}"
                 )
-    overrides: dict[str, Any] = {
+    model = models.create(config.model.name, **_model_arguments(config, source))
+    optimizer = optimizers.build(config, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    return Experiment(config, source, model, optimizer, mesh, total_steps)
+
+
+def _model_arguments(config: ConfigDict, source: data.Source | data.TextSource) -> dict[str, Any]:
+    """What `models.create` is told beside the name."""
+    size = None
+    if isinstance(source, data.Source):
+        size, width, _ = source.image_shape
+        if size != width:
+            raise UserError(f"{source.name} has images of {size} × {width} pixels; square ones fit")
+    overrides = {
         field: value
         for field, value in config.model.items()
-        if field != "name" and value is not None
+        if field not in ("name", "pretrained") and value is not None
     }
-    model = models.create(
-        config.model.name,
-        source.num_classes,
-        image_size=height,
-        dtype=jnp.dtype(config.dtype),
+    return {
+        "num_classes": source.num_classes,
+        "image_size": size,
+        "dtype": jnp.dtype(config.dtype),
         **overrides,
-    )
-    optimizer = optimizers.build(
-        config, steps_per_epoch=num_examples / batch_size, total_steps=total_steps
-    )
-    return Experiment(config, source, model, optimizer, mesh, total_steps)
+    }
+
+
+def _examples_per_step(config: ConfigDict, source: data.Source | data.TextSource) -> int:
+    per_row = config.data.sequence_length if source.unit == "word" else 1
+    return config.data.batch_size * per_row

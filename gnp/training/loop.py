@@ -22,7 +22,7 @@ from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment
 from gnp.training.files import lock, write_atomically
 from gnp.training.metrics import MetricsWriter, Progress, Row
-from gnp.training.state import MetricSums, mean_metrics, num_params, params_sha256
+from gnp.training.state import MetricSums, num_params, params_sha256
 from gnp.training.step import make_train_call, make_train_step
 
 # A call of the compiled program lasts about so long at most: the time between two movements of the
@@ -46,7 +46,7 @@ class _Dispatched:
     num_steps: int
     sums: MetricSums
     log: bool
-    test: MetricSums | None
+    evaluated: dict[str, MetricSums] | None
 
 
 def train(
@@ -65,8 +65,9 @@ def train(
       command: the command line, to be noted in `result.json`.
 
     Returns:
-      What `result.json` holds: "test" and "train" (the last values of the metrics), "steps",
-      "epochs", "wall_time" (seconds), "num_params", "params_sha256", "devices", "command".
+      What `result.json` holds: "train", "test" and what other splits there are (the last values of
+      the metrics), "unit" ("image" or "word"), "steps", "epochs", "wall_time" (seconds),
+      "num_params", "params_sha256", "devices", "command".
 
     Raises:
       UserError: for a configuration that is wrong, or another one than the directory's run has, or
@@ -89,17 +90,17 @@ def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -
         return json.loads(result_path.read_text())
 
     began = time.monotonic()
-    print(f"decoding {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
-    data = experiment.load_data()
+    print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     step = checkpoints.latest_step() or 0
     state = checkpoints.restore(experiment.abstract_state()) if step else experiment.init()
+    data = experiment.load_data()
     writer = MetricsWriter(workdir, step=step)
     log_every, eval_every, save_every = (
         experiment.steps(duration)
         for duration in (config.log.every, config.eval.every, config.checkpoint.every)
     )
-    total_steps, batch_size = experiment.total_steps, config.data.batch_size
+    total_steps, unit = experiment.total_steps, experiment.source.unit
 
     train_step = make_train_step(
         experiment.model, experiment.optimizer, seed=config.seed, log_every=log_every
@@ -111,11 +112,13 @@ def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -
         .lower(state, data.arrays["train"], max_steps)
         .compile()
     )
-    evaluate = (
-        make_evaluate(experiment.model, data.eval_batches["test"], experiment.mesh)
-        .lower(state, data.arrays["test"])
+    evaluations = {
+        split: make_evaluate(experiment.model, batches, experiment.mesh)
+        .lower(state, data.arrays[split])
         .compile()
-    )
+        for split, batches in data.eval_batches.items()
+        if split != "train"
+    }
 
     progress = Progress(
         total_steps=total_steps, steps_per_epoch=experiment.steps_per_epoch, step=step
@@ -147,12 +150,13 @@ def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -
         seconds_per_step = (now - device_free) / call.num_steps
         rows = []
         if call.log:
-            rate = training_steps * batch_size / training_seconds
-            values = mean_metrics(call.sums) | {"images_per_second": rate}
+            rate = training_steps * experiment.examples_per_step / training_seconds
+            values = experiment.mean_metrics(call.sums) | {f"{unit}s_per_second": rate}
             rows.append(write("train", call.step, values))
             training_seconds, training_steps = 0.0, 0
-        if call.test is not None:
-            rows.append(write("test", call.step, mean_metrics(call.test)))
+        if call.evaluated is not None:
+            for split, sums in call.evaluated.items():
+                rows.append(write(split, call.step, experiment.mean_metrics(sums)))
             now = time.monotonic()
         progress.show(call.step, rows)
         device_free = now
@@ -176,10 +180,15 @@ def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -
             num_steps, step = until - step, until
             state, sums = train_call(state, data.arrays["train"], num_steps)
             last = step == total_steps
-            test = evaluate(state, data.arrays["test"]) if last or step % eval_every == 0 else None
+            evaluated = None
+            if last or step % eval_every == 0:
+                evaluated = {
+                    split: evaluate(state, data.arrays[split])
+                    for split, evaluate in evaluations.items()
+                }
             if waiting is not None:
                 finish(waiting)
-            waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0, test)
+            waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0, evaluated)
             stopping = stop.is_set()  # read once: what is then raised must have been saved
             if last or step % save_every == 0 or stopping:
                 finish(waiting)
@@ -193,8 +202,8 @@ def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -
             "steps": total_steps,
             "epochs": total_steps / experiment.steps_per_epoch,
             "wall_time": wall_time_before + time.monotonic() - began,
-            "train": writer.last["train"],
-            "test": writer.last["test"],
+            "unit": unit,
+            **writer.last,
             "num_params": num_params(state.params),
             "params_sha256": params_sha256(state.params),
             "devices": _devices(experiment),
@@ -254,11 +263,12 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 
 def _summary(experiment: Experiment, params: int, seconds: float, step: int) -> str:
-    counts = experiment.source.num_examples
+    source = experiment.source
+    counts = ", ".join(f"{count:,} {split}" for split, count in source.num_examples.items())
     begin = f"continues at step {step}" if step else "begins at step 0"
     return (
-        f"{experiment.config.model.name} ({params:,} parameters) on {experiment.source.name} "
-        f"({counts['train']:,} training and {counts['test']:,} test images), "
+        f"{experiment.config.model.name} ({params:,} parameters) on {source.name} "
+        f"({counts} {source.unit}s), "
         f"{_devices(experiment)}; ready in {seconds:.1f} s; {begin} of {experiment.total_steps}"
     )
 

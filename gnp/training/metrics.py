@@ -19,7 +19,7 @@ Row = dict[str, Any]
 class MetricsWriter:
     """Appends rows to `metrics.jsonl` and to TensorBoard events.
 
-    A row is {"step", "epoch", "wall_time" (seconds), "split" ("train" or "test"), values…}.
+    A row is {"step", "epoch", "wall_time" (seconds), "split" ("train", "test", …), values…}.
     Opened at a step, it first drops the rows after it, which a continued run makes again.
     """
 
@@ -71,13 +71,14 @@ class Progress:
     _TRAIN = (
         ("loss", "loss", ".4f"),
         ("error", "error", ".2%"),
+        ("perplexity", "perplexity", ".1f"),
         ("learning_rate", "lr", ".2e"),
         ("grad_norm", "grad", ".3g"),
         ("radius", "r", ".3g"),
         ("ratio", "ratio", ".3g"),
         ("images_per_second", "images/s", ",.0f"),
+        ("words_per_second", "words/s", ",.0f"),
     )
-    _TEST = (("error", "test error", ".2%"),)
 
     def __init__(self, *, total_steps: int, steps_per_epoch: float, step: int):
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
@@ -92,9 +93,13 @@ class Progress:
     def show(self, step: int, rows: Sequence[Row]) -> None:
         """Says that the run has reached `step`, and what it logged there."""
         for row in rows:
-            for key, name, form in self._TRAIN if row["split"] == "train" else self._TEST:
-                if key in row:
-                    self._shown[name] = text(row[key], form)
+            if row["split"] == "train":
+                for key, name, form in self._TRAIN:
+                    if key in row and (key != "error" or "perplexity" not in row):
+                        self._shown[name] = text(row[key], form)
+            else:
+                name, value = headline(row)
+                self._shown[f"{row['split']} {name}"] = value
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -116,6 +121,13 @@ class Progress:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def headline(values: Row) -> tuple[str, str]:
+    """The metric that a split is judged by, its name and its value for a person."""
+    if "perplexity" in values:
+        return "perplexity", text(values["perplexity"], ".2f")
+    return "error", text(values["error"], ".2%")
 
 
 def text(value: float | None, form: str) -> str:

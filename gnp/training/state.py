@@ -20,7 +20,8 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: updates made, int32 scalar.
       params: the model's parameters, float32.
-      model_state: the model's other variables, such as BatchNorm's running statistics.
+      model_state: the model's other variables: BatchNorm's running statistics ("batch_stats"), a
+        language model's state ("carry").
       opt_state: the optimizer's.
       metrics: sums of the training metrics since the last log line.
     """

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from gnp.data.pipeline import Batch, TrainBatches
+from gnp.data.text import TextTrainBatches
 from gnp.training.optimizer import Optimizer
 from gnp.training.sharding import over_batch, replicated
 from gnp.training.state import MetricSums, TrainState, add_metrics
@@ -21,11 +22,11 @@ def make_train_step(
     """The train step: one update, for every model and method.
 
     Loss and error are those at the parameters before the update, of the first gradient; running
-    statistics come from its forward pass. A second gradient, if the optimizer takes one, sees the
-    same batch and the same masks, and writes no statistics.
+    statistics and a carried state come from its forward pass. A second gradient, if the optimizer
+    takes one, sees the same batch, masks and carried state, and writes neither.
 
     Args:
-      model: a Flax Linen module, images float32[B, H, W, C] to logits float32[B, classes].
+      model: a Flax Linen module as `gnp.models.create` makes it, inputs to logits.
       optimizer: as `optimizer.build` makes it.
       seed: of dropout and stochastic depth, with the step.
       log_every: the metrics' sums begin anew after each multiple of so many steps.
@@ -38,7 +39,7 @@ def make_train_step(
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
             logits, model_state = model.apply(
                 {"params": params, **state.model_state},
-                batch["image"],
+                batch["input"],
                 train=True,
                 rngs={"dropout": key},
                 mutable=list(state.model_state),
@@ -77,10 +78,22 @@ def make_train_step(
 
 
 def init_state(
-    model: nn.Module, optimizer: Optimizer, image_shape: tuple[int, ...], seed: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    example: jax.typing.ArrayLike,
+    seed: int,
+    pretrained: Any = None,
 ) -> TrainState:
-    """The state before the first step; a pure function of the seed, to be jitted."""
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
+    """The state before the first step; a pure function of its arguments, to be jitted.
+
+    Args:
+      model: the model.
+      optimizer: the optimizer.
+      example: an input of the model.
+      seed: of the model's initial variables.
+      pretrained: variables to take in their place: a collection, or a part of one.
+    """
+    variables = _merge(model.init(jax.random.key(seed), example), pretrained or {})
     params = variables.pop("params")
     opt_state = optimizer.tx.init(params)
     names = ["loss", "error", "grad_norm", "weight_norm"]
@@ -90,9 +103,16 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, variables, opt_state, metrics)
 
 
+def _merge(tree: Any, replacement: Any) -> Any:
+    """A nested dictionary with those of its leaves replaced that `replacement` has."""
+    if not isinstance(tree, dict):
+        return replacement
+    return tree | {key: _merge(tree[key], value) for key, value in replacement.items()}
+
+
 def make_train_call(
     train_step: Callable[[TrainState, Batch], TrainState],
-    batches: TrainBatches,
+    batches: TrainBatches | TextTrainBatches,
     *,
     max_steps: int,
     mesh: Mesh,
@@ -122,10 +142,10 @@ def make_train_call(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """−log softmax(logits)[label] of each example: float32[B]."""
+    """−log softmax(logits)[label] of each example: float32[B], or [B, T] of words."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
 def misclassified(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """1 where the largest logit is not the label's, else 0: float32[B]."""
+    """1 where the largest logit is not the label's, else 0: float32[B], or [B, T] of words."""
     return (logits.argmax(axis=-1) != labels).astype(jnp.float32)

@@ -58,7 +58,7 @@ def test_a_batch_holds_its_examples_normalised():
     batch = batches.batch(data, indices, jnp.int32(4))
     np.testing.assert_array_equal(batch["label"], [7, 2, 5])
     expected = (np.asarray(data["image"])[[7, 2, 5]] / 255 - MEAN) / STD
-    np.testing.assert_allclose(batch["image"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(batch["input"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_augmentation_follows_the_step():
@@ -68,7 +68,7 @@ def test_augmentation_follows_the_step():
     }
     batches = train_batches(64, 64, operations=("pad_crop", "flip"))
     indices = jnp.arange(64)
-    a, again, b = (batches.batch(data, indices, jnp.int32(i))["image"] for i in (3, 3, 4))
+    a, again, b = (batches.batch(data, indices, jnp.int32(i))["input"] for i in (3, 3, 4))
     np.testing.assert_array_equal(a, again)
     assert (a != b).any()
 
@@ -84,7 +84,7 @@ def test_evaluation_counts_every_example_once(num_examples, batch_size):
     seen = np.zeros(num_examples)
     for i in range(batches.num_batches):
         batch = batches.batch(data, jnp.int32(i))
-        assert batch["image"].shape == (batch_size, 1, 1, 3)
+        assert batch["input"].shape == (batch_size, 1, 1, 3)
         np.add.at(seen, np.asarray(batch["label"]), np.asarray(batch["weight"]))
     np.testing.assert_array_equal(seen, 1)
 

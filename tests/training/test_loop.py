@@ -170,7 +170,7 @@ def test_another_configuration_is_refused_with_the_difference(finished):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data__batch_size": 2000}, "but digits has only 1437 training examples"),
+        ({"data__batch_size": 2000}, "but digits has only 1437 training images"),
         ({"model__num_heads": 5}, "model.num_heads 5 does not divide model.width 12"),
         ({"gr__warmup": "30st"}, "config.gr.warmup is '30st', 30 steps, but the run has only 29"),
         ({"mesh__data": 3}, "config.data.batch_size is 100, which 3 devices do not divide"),

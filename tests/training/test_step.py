@@ -33,13 +33,13 @@ def make_optimizer(radius=0.0, ratio=0.0, l2=0.0):
 def batch():
     rng = np.random.default_rng(0)
     return {
-        "image": jnp.asarray(rng.normal(size=(16, *SHAPE)), jnp.float32),
+        "input": jnp.asarray(rng.normal(size=(16, *SHAPE)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, 3, 16), jnp.int32),
     }
 
 
 def init(model, optimizer):
-    return jax.jit(lambda: init_state(model, optimizer, SHAPE, seed=0))()
+    return jax.jit(lambda: init_state(model, optimizer, jnp.zeros((1, *SHAPE)), seed=0))()
 
 
 def one_step(model, optimizer, batch, steps=1):
@@ -57,7 +57,7 @@ def assert_equal(a, b):
 def test_loss_and_error_are_those_before_the_update(batch):
     model = tiny()
     before, after = one_step(model, make_optimizer(0.5, 1.0), batch, steps=3)
-    logits = np.asarray(model.apply({"params": before.params}, batch["image"]), np.float64)
+    logits = np.asarray(model.apply({"params": before.params}, batch["input"]), np.float64)
     labels = np.asarray(batch["label"])
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     loss = -np.log(probabilities[np.arange(16), labels]).mean()
@@ -103,7 +103,7 @@ def test_running_statistics_come_from_the_first_gradient(batch):
     model = Normed()
     before, after = one_step(model, make_optimizer(3.0, 1.0), batch)
     dense = before.params["Dense_0"]
-    features = np.asarray(batch["image"]).reshape(16, -1) @ dense["kernel"] + dense["bias"]
+    features = np.asarray(batch["input"]).reshape(16, -1) @ dense["kernel"] + dense["bias"]
     statistics = after.model_state["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(statistics["mean"], 0.1 * features.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * features.var(0), rtol=1e-4)
@@ -115,7 +115,7 @@ def test_l2_is_in_both_gradients(batch):
     before, after = one_step(model, make_optimizer(radius, 1.0, l2=l2), batch, steps=2)
 
     def objective(params):
-        logits = model.apply({"params": params}, batch["image"])
+        logits = model.apply({"params": params}, batch["input"])
         picked = jax.nn.log_softmax(logits)[jnp.arange(16), batch["label"]]
         return -picked.mean() + l2 / 2 * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
 
