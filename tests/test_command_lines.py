@@ -34,7 +34,7 @@ def train(workdir, *flags, config="configs/digits.py"):
     return run("train", f"--config={config}", f"--workdir={workdir}", *flags)
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "report"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "export", "report"])
 def test_help(module):
     done = run(module, "--help")
     assert done.returncode == 0

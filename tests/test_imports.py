@@ -20,8 +20,9 @@ ALLOWED = {
     "training": {"config", "data", "models", "transforms"},
     "analysis": {"config", "data", "models", "transforms", "training"},
     "report": {"analysis", "config", "command_line"},
-    "train": {"config", "training", "report", "command_line"},
+    "train": {"config", "models", "training", "report", "command_line"},
     "evaluate": {"config", "training", "command_line"},
+    "export": {"config", "models", "training", "command_line"},
 }
 
 
@@ -77,7 +78,7 @@ def test_light_parts_load_neither_tfds_nor_orbax(module):
     assert not {"tensorflow_datasets", "orbax", "tensorflow"} & loaded_after(f"import {module}")
 
 
-@pytest.mark.parametrize("module", ["gnp.train", "gnp.evaluate", "gnp.report"])
+@pytest.mark.parametrize("module", ["gnp.train", "gnp.evaluate", "gnp.export", "gnp.report"])
 def test_the_command_lines_do_not_wait_for_jax(module):
     """So that --help and a typo answer at once."""
     assert not {"jax", "flax", "orbax", "tensorflow_datasets"} & loaded_after(f"import {module}")

@@ -1,6 +1,8 @@
 """From a configuration to the objects that a run is made of, before anything is written."""
 
 import dataclasses
+import math
+import os
 from typing import Any
 
 import flax.linen as nn
@@ -42,6 +44,15 @@ class Experiment:
         """Training examples over those of a step; not a whole number in general."""
         return self.source.num_examples["train"] / self.examples_per_step
 
+    @property
+    def example(self) -> jax.Array:
+        """An input that the model can be initialised with."""
+        if isinstance(self.source, data.Source):
+            channels = self.source.image_shape[2]
+            return jnp.zeros((1, self._image_size, self._image_size, channels))
+        # A language model carries a state for each stream.
+        return jnp.zeros((self.config.data.batch_size, 1), jnp.int32)
+
     def steps(self, duration: str) -> int:
         """A duration, as "10ep", in steps of this run."""
         parsed = gnp_config.parse_duration(duration)
@@ -58,6 +69,8 @@ class Experiment:
             pretrained = models.load_pretrained(
                 self.config.model.name,
                 self.config.model.pretrained,
+                channels=self.example.shape[-1],
+                seed=self.config.seed,
                 **_model_arguments(self.config, self.source),
             )
         return jax.jit(self._init, out_shardings=replicated(self.mesh))(pretrained)
@@ -88,6 +101,7 @@ class Experiment:
                 for split, count in source.num_examples.items()
             }
         else:
+            _check_memory(source, self.mesh)
             splits = source.load()
             arrays = {
                 name: {"image": split.images, "label": split.labels}
@@ -100,12 +114,17 @@ class Experiment:
                 seed=self.config.seed,
                 operations=data.parse_augment(config.augment),
                 padding=config.padding,
+                image_size=self._image_size,
                 mean=mean,
                 std=std,
             )
             eval_batches = {
                 name: EvalBatches(
-                    count, min(eval_batch_size, -(-count // devices) * devices), mean, std
+                    count,
+                    min(eval_batch_size, -(-count // devices) * devices),
+                    self._image_size,
+                    mean,
+                    std,
                 )
                 for name, count in source.num_examples.items()
             }
@@ -120,9 +139,13 @@ class Experiment:
             means["perplexity"] = None if loss is None else finite(float(np.exp(loss)))
         return means
 
+    @property
+    def _image_size(self) -> int:
+        assert isinstance(self.source, data.Source)
+        return self.config.data.image_size or self.source.image_shape[0]
+
     def _init(self, pretrained: Any = None) -> TrainState:
-        example = self.source.example(self.config.data.batch_size)
-        return init_state(self.model, self.optimizer, example, self.config.seed, pretrained)
+        return init_state(self.model, self.optimizer, self.example, self.config.seed, pretrained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +166,9 @@ def make_experiment(config: ConfigDict) -> Experiment:
     """
     gnp_config.validate(config)
     mesh = make_mesh(config.mesh.data, batch_size=config.data.batch_size)
-    source = data.open_source(config.data.name, config.data.data_dir)
+    source = data.open_source(
+        config.data.name, config.data.data_dir, image_size=config.data.image_size
+    )
     num_examples, batch_size = source.num_examples["train"], config.data.batch_size
     examples_per_step = _examples_per_step(config, source)
     if examples_per_step > num_examples:
@@ -186,6 +211,7 @@ def _model_arguments(config: ConfigDict, source: data.Source | data.TextSource) 
         size, width, _ = source.image_shape
         if size != width:
             raise UserError(f"{source.name} has images of {size} × {width} pixels; square ones fit")
+        size = config.data.image_size or size
     overrides = {
         field: value
         for field, value in config.model.items()
@@ -197,6 +223,21 @@ def _model_arguments(config: ConfigDict, source: data.Source | data.TextSource) 
         "dtype": jnp.dtype(config.dtype),
         **overrides,
     }
+
+
+def _check_memory(source: data.Source, mesh: Mesh) -> None:
+    """Raises a `UserError` if the images do not fit into a device, where they are kept."""
+    device = mesh.devices.flat[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:  # a CPU, whose memory is the machine's
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = sum(source.num_examples.values()) * math.prod(source.image_shape)
+    if size > 0.8 * limit:
+        raise UserError(
+            f"{source.name} takes {size / 1e9:.1f} GB at {source.image_shape[0]} pixels and is "
+            f"kept in memory whole, but {device.device_kind} has {limit / 1e9:.1f} GB; lower "
+            "config.data.image_size"
+        )
 
 
 def _examples_per_step(config: ConfigDict, source: data.Source | data.TextSource) -> int:
