@@ -69,7 +69,9 @@ def default() -> ConfigDict:
                 "data_dir": placeholder(str),  # None: TensorFlow Datasets' own
                 "batch_size": 128,  # over all devices; of text, streams that are read side by side
                 "sequence_length": 35,  # text: words of each stream in a step
-                "augment": "none",  # none, basic (= pad_crop,flip), or operations: pad_crop,flip
+                "image_size": placeholder(int),  # pixels on a side; None: the data set's own
+                # none, basic (= pad_crop,flip), or operations: pad_crop,flip,random_resized_crop
+                "augment": "none",
                 "padding": 4,  # pixels on each side, of pad_crop
             },
             "optimizer": {
@@ -337,7 +339,7 @@ def validate(config: ConfigDict) -> None:
         *("model.patch_size", "model.width", "model.depth", "model.num_heads"),
         *("model.window_size", "model.class_depth", "model.batch_norm_groups"),
         *("model.growth_rate", "model.embedding_size", "model.hidden_size"),
-        *("data.sequence_length", "lr.restart_multiplier"),
+        *("data.image_size", "data.sequence_length", "lr.restart_multiplier"),
     ):
         require(field, lambda x: x >= 1, "1 or more")
     require(

@@ -9,7 +9,8 @@ import pytest
 
 from gnp import models
 from gnp import train as command
-from tests.data.cifar_like import write_cifar
+from gnp.errors import UserError
+from tests.data.cifar_like import write_cifar, write_imagenet
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -72,3 +73,44 @@ def test_an_epoch(family, data_dir, tmp_path, monkeypatch, capsys):
         assert result["valid"]["perplexity"] > 1 and "Validation perplexity" in page
         # 60 lines of 12 words and their ends, 4 streams of 5 words a step
         assert result["steps"] == 60 * 13 // 20
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ("imagenet_resnet.py:model=resnet18", ["width=4", "depths=1,1"]),
+        ("imagenet_swin.py:gr=off", ["width=8", "depths=2", "num_heads=2"]),
+    ],
+)
+def test_imagenet_in_its_format(config, sizes, tmp_path, monkeypatch):
+    """Images of several sizes, cropped at random to 28 pixels."""
+    images = [(40, 60), (70, 35)] * 8
+    write_imagenet(tmp_path, {"train": images, "validation": images[:4]})
+    flags = [
+        f"--config={ROOT}/configs/{config}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.data_dir={tmp_path}",
+        *("--config.data.image_size=28", "--config.data.batch_size=8", "--config.epochs=1"),
+        *("--config.lr.warmup=0st", "--config.mesh.data=2"),
+        *(f"--config.model.{size}" for size in sizes),
+    ]
+    if "swin" in config:
+        flags += ["--config.model.patch_size=4", "--config.model.window_size=7"]
+    monkeypatch.setattr(sys, "argv", ["gnp.train", *flags])
+    assert command.main() == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 2 and np.isfinite(result["test"]["loss"])
+
+
+def test_what_does_not_fit_into_memory_is_said(tmp_path, monkeypatch):
+    write_imagenet(tmp_path, {"train": [(8, 8)] * 4, "validation": [(8, 8)] * 4})
+    flags = [
+        f"--config={ROOT}/configs/imagenet_resnet.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.data_dir={tmp_path}",
+        *("--config.data.image_size=2000000", "--config.data.batch_size=1"),
+        *("--config.mesh.data=1", "--config.model.stem=cifar", "--config.model.width=1"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["gnp.train", *flags])
+    with pytest.raises(UserError, match=r"takes .* GB at 2285714 pixels and is kept in memory"):
+        command.main()

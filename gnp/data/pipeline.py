@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnp.data.augment import augment
+from gnp.data.augment import augment, fit
 
 Batch = dict[str, jax.Array]  # "input" and "label", both with the examples along the first axis
 
@@ -28,6 +28,7 @@ class TrainBatches:
       seed: of the order and of the augmentation.
       operations: names of augmentations (`augment.OPERATIONS`), in order.
       padding: pixels on each side, for `pad_crop`.
+      image_size: pixels on a side of what the model sees.
       mean, std: [C] of the training images over 255.
     """
 
@@ -36,6 +37,7 @@ class TrainBatches:
     seed: int
     operations: tuple[str, ...]
     padding: int
+    image_size: int
     mean: np.ndarray
     std: np.ndarray
 
@@ -70,10 +72,12 @@ class TrainBatches:
           step: a scalar, the updates made before this one.
 
         Returns:
-          float32[B, H, W, C] images and int32[B] labels.
+          float32[B, image_size, image_size, C] images and int32[B] labels.
         """
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 1), step)
-        images = augment(key, data["image"][indices], self.operations, self.padding)
+        images = augment(
+            key, data["image"][indices], self.operations, self.padding, self.image_size
+        )
         return {"input": normalise(images, self.mean, self.std), "label": data["label"][indices]}
 
 
@@ -86,11 +90,13 @@ class EvalBatches:
     Attributes:
       num_examples: N, the size of the data set.
       batch_size: B; it may exceed N.
+      image_size: pixels on a side of what the model sees.
       mean, std: [C], those of the training images.
     """
 
     num_examples: int
     batch_size: int
+    image_size: int
     mean: np.ndarray
     std: np.ndarray
 
@@ -104,7 +110,7 @@ class EvalBatches:
         indices = i * self.batch_size + jnp.arange(self.batch_size)
         weight = (indices < self.num_examples).astype(jnp.float32)
         indices = jnp.minimum(indices, self.num_examples - 1)
-        images = normalise(data["image"][indices], self.mean, self.std)
+        images = normalise(fit(data["image"][indices], self.image_size), self.mean, self.std)
         return {"input": images, "label": data["label"][indices], "weight": weight}
 
 

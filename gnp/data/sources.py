@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from gnp.data.text import TextSource, open_ptb
@@ -30,11 +31,12 @@ from gnp.errors import UserError, unknown
 
 _log = logging.getLogger(__name__)
 
-# Any TFDS name can be added that has the splits train and test and the features image (uint8, one
-# shape) and label: mnist, fashion_mnist, kmnist, svhn_cropped, ...
-_TFDS_NAMES = ("cifar10", "cifar100")
+# Names of TFDS, and what each calls its test set. Any can be added that has the features image
+# (uint8) and label: mnist, fashion_mnist, kmnist, svhn_cropped, ...
+_TFDS_NAMES = {"cifar10": "test", "cifar100": "test", "imagenet2012": "validation"}
 
-_SPLITS = ("train", "test")
+
+Records = Callable[[str], Iterable[dict[str, Any]]]  # of a split: "image" and "label"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +74,6 @@ class Source:
     holds = "images"
     unit = "image"
 
-    def example(self, batch_size: int) -> np.ndarray:
-        """What a model is initialised with, whatever the size of its batches: one image."""
-        del batch_size
-        return np.zeros((1, *self.image_shape), np.float32)
-
 
 def list_sources() -> list[str]:
     """The names that `open_source` knows."""
@@ -88,13 +85,17 @@ def holds(name: str) -> str:
     return "tokens" if name == "ptb" else "images"
 
 
-def open_source(name: str, data_dir: str | None = None) -> Source | TextSource:
+def open_source(
+    name: str, data_dir: str | None = None, *, image_size: int | None = None
+) -> Source | TextSource:
     """Finds a data set, and downloads it if it is not there and can be had.
 
     Args:
       name: one of `list_sources()`.
       data_dir: the folder of all TFDS data sets; None means TFDS's own, which is `$TFDS_DATA_DIR`
         or `~/tensorflow_datasets`. `digits` needs none; for `ptb` it is the folder of its files.
+      image_size: the size that the images will be used at. Those of a data set whose images differ
+        in size are stored at 8/7 of it: resized on the shorter side, of which the middle is kept.
 
     Raises:
       UserError: for an unknown name, and for data that are neither there nor to be had, or damaged;
@@ -105,7 +106,7 @@ def open_source(name: str, data_dir: str | None = None) -> Source | TextSource:
     if name == "ptb":
         return open_ptb(data_dir)
     if name in _TFDS_NAMES:
-        return _open_tfds(name, data_dir)
+        return _open_tfds(name, data_dir, image_size)
     raise unknown("data set", name, list_sources())
 
 
@@ -136,24 +137,35 @@ def _digits() -> Source:
     return Source("digits", 10, (8, 8, 1), {"train": num_train, "test": num_test}, load)
 
 
-def _open_tfds(name: str, data_dir: str | None) -> Source:
+def _open_tfds(name: str, data_dir: str | None, image_size: int | None) -> Source:
+    names = {"train": "train", "test": _TFDS_NAMES[name]}  # ours to TFDS's
     with _quiet():
         builder = _tfds_builder(name, data_dir)
         folder = Path(builder.data_dir)  # DATA_DIR/NAME/VERSION
         if not builder.is_prepared():
             _download(builder)
         info = builder.info
-        for split in _SPLITS:
+        for split in names.values():
             if split not in info.splits or not info.splits[split].num_examples:
                 raise UserError(f"the data set in {folder} has no split {split!r}")
-        records = _record_reader(builder)
+        records = _record_reader(builder, names)
 
-    shards = [Path(path) for split in _SPLITS for path in info.splits[split].filepaths]
+    shards = [Path(path) for split in names.values() for path in info.splits[split].filepaths]
     for path in shards:
         if not path.exists():
             raise UserError(f"{path} is missing: remove {folder} and prepare {name} again")
     key = _fingerprint([folder / "dataset_info.json", *shards])
     cache = _cache_root() / f"{name}-{info.version}-{key}"
+    image_shape = info.features["image"].shape
+    if None in image_shape:
+        if image_size is None:
+            raise UserError(
+                f"the images of {name} differ in size: set config.data.image_size (such as 224)"
+            )
+        stored = round(image_size * 8 / 7)
+        image_shape = (stored, stored, image_shape[2])
+        cache = cache.with_name(f"{cache.name}-{stored}")
+        records = records and _resized(records, stored)
 
     @functools.cache
     def load() -> dict[str, Split]:
@@ -168,8 +180,8 @@ def _open_tfds(name: str, data_dir: str | None) -> Source:
     source = Source(
         name=name,
         num_classes=info.features["label"].num_classes,
-        image_shape=info.features["image"].shape,
-        num_examples={split: info.splits[split].num_examples for split in _SPLITS},
+        image_shape=image_shape,
+        num_examples={split: info.splits[names[split]].num_examples for split in names},
         load=load,
     )
     # What has been decoded once needs no TensorFlow any more.
@@ -199,7 +211,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _record_reader(builder: Any) -> Callable[[str], Iterable[dict[str, Any]]] | None:
+def _record_reader(builder: Any, names: dict[str, str]) -> Records | None:
     """A function that reads a split's records in their stored order.
 
     None if that needs TensorFlow, which is not there.
@@ -209,7 +221,7 @@ def _record_reader(builder: Any) -> Callable[[str], Iterable[dict[str, Any]]] | 
     random_access = tfds.core.FileFormat.with_random_access()
     if random_access & builder.info.available_file_formats():
         # This also points `builder.info` at the files of that format, where there are two.
-        data_sources = builder.as_data_source({split: split for split in _SPLITS})
+        data_sources = builder.as_data_source(names)
         return lambda split: _in_batches(data_sources[split])
     if not _has_tensorflow():
         return None
@@ -218,7 +230,7 @@ def _record_reader(builder: Any) -> Callable[[str], Iterable[dict[str, Any]]] | 
         _restrain_tensorflow()
         # One file after the other, as ArrayRecord is read; TFDS would mix those of 16 files.
         in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-        return tfds.as_numpy(builder.as_dataset(split=split, read_config=in_order))
+        return tfds.as_numpy(builder.as_dataset(split=names[split], read_config=in_order))
 
     return read_with_tensorflow
 
@@ -230,9 +242,7 @@ def _in_batches(data_source: Any, size: int = 512) -> Iterator[dict[str, Any]]:
         yield from data_source.__getitems__(range(start, min(start + size, len(data_source))))
 
 
-def _decode(
-    source: Source, records: Callable[[str], Iterable[dict[str, Any]]], folder: Path
-) -> dict[str, Split]:
+def _decode(source: Source, records: Records, folder: Path) -> dict[str, Split]:
     """Reads all splits into memory, with a progress bar if a person can see it."""
     splits = {}
     with tqdm(
@@ -267,6 +277,22 @@ def _decode(
                 raise _unreadable(folder, error) from error
             splits[split] = Split(images, labels)
     return splits
+
+
+def _resized(records: Records, size: int) -> Records:
+    return lambda split: (
+        record | {"image": _resize(record["image"], size)} for record in records(split)
+    )
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, 3] to uint8[size, size, 3]: the shorter side resized, the middle kept."""
+    height, width, _ = image.shape
+    scale = size / min(height, width)
+    shape = (max(round(width * scale), size), max(round(height * scale), size))
+    resized = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR))
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return resized[top : top + size, left : left + size]
 
 
 # Downloading

@@ -46,10 +46,6 @@ class TextSource:
         """The number of words in each split."""
         return {split: len(words) for split, words in self.words.items()}
 
-    def example(self, batch_size: int) -> jax.Array:
-        """What a model is initialised with: one word of each stream."""
-        return jnp.zeros((batch_size, 1), jnp.int32)
-
 
 def open_ptb(data_dir: str | None) -> TextSource:
     """Reads the Penn TreeBank as T. Mikolov prepared it: a sentence a line, words by spaces.

@@ -93,7 +93,9 @@ def init_state(
       seed: of the model's initial variables.
       pretrained: variables to take in their place: a collection, or a part of one.
     """
-    variables = _merge(model.init(jax.random.key(seed), example), pretrained or {})
+    # This generator compiles in a third of the time of the default one.
+    key = jax.random.key(seed, impl="rbg")
+    variables = _merge(model.init(key, example), pretrained or {})
     params = variables.pop("params")
     opt_state = optimizer.tx.init(params)
     names = ["loss", "error", "grad_norm", "weight_norm"]

@@ -50,11 +50,42 @@ def write_cifar(
                 record["coarse_label"] = label // 5
             yield i, record
 
+    _prepare(name, data_dir, {split: records(split) for split in written}, num_shards, file_format)
+    return written
+
+
+def write_imagenet(data_dir: str | Path, sizes: dict[str, list[tuple[int, int]]]) -> None:
+    """Prepares a small `imagenet2012`: for each split, an image of each (height, width).
+
+    The upper half of an image is of the colour (200, 40, 40), the lower of (40, 40, 200).
+    """
+
+    def records(split: str) -> Any:
+        for i, (height, width) in enumerate(sizes[split]):
+            image = np.full((height, width, 3), (200, 40, 40), np.uint8)
+            image[height // 2 :] = (40, 40, 200)
+            jpeg = io.BytesIO()
+            Image.fromarray(image).save(jpeg, "JPEG", quality=95)
+            jpeg.seek(0)
+            name = f"{split}_{i}.JPEG"
+            yield name, {"image": jpeg, "label": i, "file_name": name}
+
+    _prepare("imagenet2012", data_dir, {split: records(split) for split in sizes})
+
+
+def _prepare(
+    name: str,
+    data_dir: str | Path,
+    records: dict[str, Any],
+    num_shards: int = 1,
+    file_format: str = "array_record",
+) -> None:
     builder = tfds.builder_cls(name)(data_dir=str(data_dir))
-    builder._split_generators = lambda _: {split: records(split) for split in written}
+    builder._split_generators = lambda _: records
     tfds.disable_progress_bar()
     builder.download_and_prepare(
         file_format=file_format,
-        download_config=tfds.download.DownloadConfig(num_shards=num_shards),
+        download_config=tfds.download.DownloadConfig(
+            num_shards=num_shards, manual_dir=str(data_dir)
+        ),
     )
-    return written

@@ -11,8 +11,8 @@ from gnp.data.pipeline import EvalBatches, TrainBatches, channel_statistics, nor
 MEAN, STD = np.array([0.4, 0.5, 0.6]), np.array([0.2, 0.3, 0.4])
 
 
-def train_batches(num_examples, batch_size, seed=0, operations=()):
-    return TrainBatches(num_examples, batch_size, seed, operations, 1, MEAN, STD)
+def train_batches(num_examples, batch_size, seed=0, operations=(), size=4):
+    return TrainBatches(num_examples, batch_size, seed, operations, 1, size, MEAN, STD)
 
 
 sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
@@ -80,7 +80,7 @@ def test_evaluation_counts_every_example_once(num_examples, batch_size):
         "image": jnp.zeros((num_examples, 1, 1, 3), jnp.uint8),
         "label": jnp.arange(num_examples),
     }
-    batches = EvalBatches(num_examples, batch_size, MEAN, STD)
+    batches = EvalBatches(num_examples, batch_size, 1, MEAN, STD)
     seen = np.zeros(num_examples)
     for i in range(batches.num_batches):
         batch = batches.batch(data, jnp.int32(i))

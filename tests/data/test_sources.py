@@ -19,7 +19,7 @@ from PIL import Image
 from gnp.data import sources
 from gnp.data.sources import Source, Split, open_source
 from gnp.errors import UserError
-from tests.data.cifar_like import write_cifar
+from tests.data.cifar_like import write_cifar, write_imagenet
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_lists_names_without_importing_tfds():
         "sources.open_source('digits').load(); assert 'tensorflow_datasets' not in sys.modules"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['digits', 'cifar10', 'cifar100']"
+    assert run.stdout.strip() == "['digits', 'cifar10', 'cifar100', 'imagenet2012', 'ptb']"
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("cifar-10", "cifar10"), ("digit", "digits")])
@@ -538,3 +538,25 @@ def test_wrong_records_are_told(records, reason):
     source = Source("name", 3, (2, 2, 1), {"train": 2}, dict)
     with pytest.raises(UserError, match=f"/folder: {reason}"):
         sources._decode(source, lambda split: records, Path("/folder"))
+
+
+def test_imagenet_is_stored_at_one_size(tmp_path):
+    """The shorter side is resized and the middle kept; its test set is TFDS's validation set."""
+    sizes = [(80, 160), (120, 60), (50, 50)]
+    write_imagenet(tmp_path, {"train": sizes, "validation": sizes[:2]})
+    source = open_source("imagenet2012", str(tmp_path), image_size=56)
+    assert (source.num_classes, source.image_shape) == (1000, (64, 64, 3))
+    assert source.num_examples == {"train": 3, "test": 2}
+    splits = source.load()
+    np.testing.assert_array_equal(np.sort(splits["train"].labels), [0, 1, 2])
+    for image in splits["train"].images:
+        assert image.shape == (64, 64, 3)
+        # Red above, blue below, and a JPEG's blur between.
+        assert np.abs(image[:24].astype(int) - (200, 40, 40)).max() < 12
+        assert np.abs(image[40:].astype(int) - (40, 40, 200)).max() < 12
+
+
+def test_images_that_differ_in_size_need_one(tmp_path):
+    write_imagenet(tmp_path, {"train": [(8, 9)], "validation": [(8, 9)]})
+    with pytest.raises(UserError, match=r"set config.data.image_size \(such as 224\)"):
+        open_source("imagenet2012", str(tmp_path))

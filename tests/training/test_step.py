@@ -147,7 +147,7 @@ def run_calls(data, lengths, devices=1):
     """Train steps in calls of the given lengths; the state and the compiled call."""
     model, optimizer = tiny(dropout=0.1), make_optimizer(0.1, 0.5)
     mesh = make_mesh(devices, batch_size=16)
-    batches = TrainBatches(50, 16, 0, ("pad_crop",), 1, np.array([0.5]), np.array([0.2]))
+    batches = TrainBatches(50, 16, 0, ("pad_crop",), 1, 8, np.array([0.5]), np.array([0.2]))
     step = make_train_step(model, optimizer, seed=0, log_every=4)
     call = make_train_call(step, batches, max_steps=6, mesh=mesh)
     data = jax.device_put(data, replicated(mesh))
@@ -199,7 +199,7 @@ def test_evaluation_is_numpys_at_any_batch_size(data, batch_size, devices):
     model, optimizer = tiny(), make_optimizer()
     mesh = make_mesh(devices, batch_size=8)
     batch_size = -(-batch_size // devices) * devices
-    batches = EvalBatches(50, batch_size, np.array([0.5]), np.array([0.2]))
+    batches = EvalBatches(50, batch_size, 8, np.array([0.5]), np.array([0.2]))
     state = init(model, optimizer)
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(5), (8, 3))
     images = ((data["image"] / 255 - 0.5) / 0.2).astype(np.float32)
