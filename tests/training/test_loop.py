@@ -9,9 +9,11 @@ import threading
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from tensorboardX.proto import event_pb2
 
 from gnp import config as gnp_config
+from gnp import export
 from gnp.errors import UserError
 from gnp.training import Interrupted, loop, train
 from gnp.training.evaluation import evaluate_checkpoint
@@ -252,3 +254,20 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path, capsys):
     assert result["train"]["loss"] is None and result["test"]["loss"] is None
     assert "not finite" in capsys.readouterr().err
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_run_that_begins_from_pretrained_weights(finished, tmp_path):
+    """Of an exported run: it begins where that one ended, and continues without the file."""
+    workdir, result = finished
+    weights = tmp_path / "weights.safetensors"
+    tensors, metadata, _ = export.export(make_config(), workdir)
+    safetensors.numpy.save_file(tensors, weights, metadata)
+    fields = {"model__pretrained": weights, "epochs": 0.1, "lr__base": 1e-12}
+    fields |= {"weight_decay__value": 1e-9, "lr__warmup": "0st", "gr__policy": "off"}
+    fine_tuned = train(make_config(**fields), tmp_path / "run")
+    assert fine_tuned["test"]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-4)
+    weights.unlink()
+    values = evaluate_checkpoint(make_config(**fields), tmp_path / "run")
+    assert values["test"]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-4)
+    with pytest.raises(UserError, match=r"weights.safetensors"):
+        train(make_config(**fields), tmp_path / "other")
