@@ -51,3 +51,17 @@ def test_every_choice_is_named():
     ):
         for name in names:
             assert f"`{name}`" in README, name
+
+
+def test_the_table_of_models_is_that_of_the_registry():
+    from gnp import models
+
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d,]+).*?\| ([\d.]+).*?\|(?: ([\d,]+) \| ([\d.]+))?", README, re.M
+    )
+    table = {row[0]: row[1:] for row in rows if row[0] in models.list_models()}
+    assert list(table) == list(models.list_models())
+    for name, info in models.list_models().items():
+        large = f"{info.large[0]:,}", f"{info.large[1]:.{2 + (info.takes == 'tokens')}f}"
+        small = f"{info.small[0]:,}", f"{info.small[1]:.2f}"
+        assert table[name] == (*large, *(small if info.takes == "images" else ("", "")))
