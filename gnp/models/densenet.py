@@ -135,7 +135,7 @@ class DenseNet(nn.Module):
         x = nn.relu(norm(name="norm5")(x, train)).mean(axis=(1, 2))
         return nn.Dense(
             self.num_classes,
-            kernel_init=layers.uniform_of_fan_in,
+            kernel_init=layers.uniform(x.shape[-1] ** -0.5),
             dtype=jnp.float32,
             name="classifier",
         )(x)

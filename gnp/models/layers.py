@@ -118,13 +118,8 @@ def patches(images: jax.Array, size: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
 
 
-def uniform_of_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
-    """U(−1/√n, 1/√n) for a kernel of n inputs, as in PyTorch's layers."""
-    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
-
-
 def uniform(bound: float) -> Callable[..., jax.Array]:
-    """The initialiser U(−bound, bound)."""
+    """The initialiser U(−bound, bound); with 1/√n for n inputs, that of PyTorch's layers."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -239,30 +234,31 @@ class BatchNorm(nn.Module):
         return normalize(parts, mean, var).reshape(x.shape)
 
 
-def check_remat(remat: str) -> None:
-    """Raises a `UserError` for a name that `REMAT` does not have."""
-    if remat not in REMAT:
-        raise unknown("model.remat", remat, REMAT)
+def check_transformer(model: Any, image_size: int) -> None:
+    """Checks the fields that vit, swin and cait have in common.
 
-
-def check_patches(image_size: int, patch_size: int) -> None:
-    """Raises a `UserError` if the patch does not divide the images."""
-    if image_size % patch_size:
+    Raises:
+      UserError: if there is no patch size, or it does not divide the images, the heads do not
+        divide the width, the MLP would have no hidden features, or `remat` is no key of `REMAT`.
+    """
+    if model.patch_size is None:
         raise UserError(
-            f"model.patch_size {patch_size} does not divide the images' {image_size} pixels"
+            f"no usual patch size for images of {image_size} pixels; set model.patch_size"
         )
-
-
-def check_heads(width: int, num_heads: int) -> None:
-    """Raises a `UserError` if the heads do not divide the width."""
-    if width % num_heads:
-        raise UserError(f"model.num_heads {num_heads} does not divide model.width {width}")
-
-
-def check_mlp(width: int, mlp_ratio: float) -> None:
-    """Raises a `UserError` if the MLP would have no hidden features."""
-    if round(mlp_ratio * width) < 1:
-        raise UserError(f"model.mlp_ratio {mlp_ratio} leaves no features of model.width {width}")
+    if image_size % model.patch_size:
+        raise UserError(
+            f"model.patch_size {model.patch_size} does not divide the images' {image_size} pixels"
+        )
+    if model.width % model.num_heads:
+        raise UserError(
+            f"model.num_heads {model.num_heads} does not divide model.width {model.width}"
+        )
+    if round(model.mlp_ratio * model.width) < 1:
+        raise UserError(
+            f"model.mlp_ratio {model.mlp_ratio} leaves no features of model.width {model.width}"
+        )
+    if model.remat not in REMAT:
+        raise unknown("model.remat", model.remat, REMAT)
 
 
 def check_positive(**fields: int | Sequence[int]) -> None:

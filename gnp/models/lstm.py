@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from gnp.errors import UserError
+from gnp.models import layers
 from gnp.models.layers import Dtype
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
+# Of the paper's medium LSTM, for all parameters.
+_uniform = layers.uniform(0.05)
 
 
 class LSTM(nn.Module):

@@ -107,10 +107,7 @@ class ResNet(nn.Module):
                     name=f"layer{stage + 1}_{i}",
                 )(x, train)
         x = x.mean(axis=(1, 2))
+        uniform = layers.uniform(x.shape[-1] ** -0.5)
         return nn.Dense(
-            self.num_classes,
-            kernel_init=layers.uniform_of_fan_in,
-            bias_init=layers.uniform(x.shape[-1] ** -0.5),
-            dtype=jnp.float32,
-            name="fc",
+            self.num_classes, kernel_init=uniform, bias_init=uniform, dtype=jnp.float32, name="fc"
         )(x)

@@ -239,18 +239,10 @@ class SwinTransformer(nn.Module):
     @classmethod
     def for_images(cls, *, image_size: int, **fields: Any) -> "SwinTransformer":
         """The model with the usual patch and window for the image size, its sizes checked."""
-        if "patch_size" not in fields:
-            if image_size not in PATCH_SIZES:
-                raise UserError(
-                    f"no usual patch size for images of {image_size} pixels; set model.patch_size"
-                )
-            fields["patch_size"] = PATCH_SIZES[image_size]
+        fields.setdefault("patch_size", PATCH_SIZES.get(image_size))
         fields.setdefault("window_size", 4 if image_size <= 64 else 7)
         model = cls(**fields)
-        layers.check_patches(image_size, model.patch_size)
-        layers.check_heads(model.width, model.num_heads)
-        layers.check_mlp(model.width, model.mlp_ratio)
-        layers.check_remat(model.remat)
+        layers.check_transformer(model, image_size)
         _check_depths(model.depths)
         _check_maps(image_size, model.patch_size, model.window_size, len(model.depths))
         return model
@@ -258,11 +250,11 @@ class SwinTransformer(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         x = layers.patches(images.astype(self.dtype), self.patch_size)
-        bound = x.shape[-1] ** -0.5
+        uniform = layers.uniform(x.shape[-1] ** -0.5)
         embed = nn.Dense(
             self.width,
-            kernel_init=layers.uniform_of_fan_in,
-            bias_init=functools.partial(jax.random.uniform, minval=-bound, maxval=bound),
+            kernel_init=uniform,
+            bias_init=uniform,
             dtype=self.dtype,
             name="patch_embed",
         )

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gnp.errors import UserError, unknown
+from gnp.errors import unknown
 from gnp.models import layers
 from gnp.models.layers import Dtype
 
@@ -116,17 +116,9 @@ class VisionTransformer(nn.Module):
     @classmethod
     def for_images(cls, *, image_size: int, **fields: Any) -> "VisionTransformer":
         """The model with the usual patch for the image size, its sizes checked."""
-        if "patch_size" not in fields:
-            if image_size not in PATCH_SIZES:
-                raise UserError(
-                    f"no usual patch size for images of {image_size} pixels; set model.patch_size"
-                )
-            fields["patch_size"] = PATCH_SIZES[image_size]
+        fields.setdefault("patch_size", PATCH_SIZES.get(image_size))
         model = cls(**fields)
-        layers.check_patches(image_size, model.patch_size)
-        layers.check_heads(model.width, model.num_heads)
-        layers.check_mlp(model.width, model.mlp_ratio)
-        layers.check_remat(model.remat)
+        layers.check_transformer(model, image_size)
         if model.pool not in POOLS:
             raise unknown("model.pool", model.pool, POOLS)
         return model
