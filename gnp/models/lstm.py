@@ -14,7 +14,6 @@ from gnp.errors import UserError
 from gnp.models import layers
 from gnp.models.layers import Dtype
 
-
 # Of the paper's medium LSTM, for all parameters.
 _uniform = layers.uniform(0.05)
 
