@@ -7,8 +7,8 @@ Arguments, as key=value with commas between them:
     model      cait_xxs12, cait_xxs24, cait_xs12, cait_s12
     gr         off, none, r, lambda, zero
     optimizer  adam, rmsprop
-    scale      paper, or small: 4 blocks of width 64 on patches of 8 × 8, batch 128, 16 epochs
-               (for CPUs; sizes are ours)
+    scale      paper, small (4 blocks of width 64 on patches of 8 × 8, batch 128, 16 epochs; for
+               CPUs, sizes are ours)
 
 From the paper: 300 epochs, batch 256, cosine, weight decay 0.03, gradient clipping, padding 4,
 random crop and flip; one each of the values that it searches: learning rate 1e-3 (of 5e-3, 1e-3,

@@ -8,8 +8,8 @@ Arguments, as key=value with commas between them:
     optimizer  adam, amsgrad, yogi, radam, adabound, padam, rmsprop, sgd
     decay      none, l2, vanilla, coupled, decoupled, scheduled
     gr         off, none, r, lambda, zero
-    scale      paper, or small: an eighth of the width (of DenseNet's growth) and 16 epochs, for
-               CPUs (sizes are ours)
+    scale      paper, small (an eighth of the width, of DenseNet's growth, and 16 epochs; for CPUs,
+               sizes are ours)
 
 From the paper (Appendix B): 200 epochs, batch 128, crops with 4 pixels of padding and flips; the
 learning rate is 1e-3, for SGD 0.1 with momentum 0.9, divided by 10 at epochs 80 and 160, on

@@ -5,11 +5,11 @@
 Arguments, as key=value with commas between them:
     data       cifar10, cifar100
     model      swin_t, swin_s, swin_b
-    patch      2 (16 × 16 tokens in the first stage) or 4; the window is 4
+    patch      2, 4 (16 × 16 or 8 × 8 tokens in the first stage; windows are of 4 × 4)
     gr         off, none, r, lambda, zero
     optimizer  adam, rmsprop
-    scale      paper, or small: widths from 32 in stages of 2 blocks on patches of 4 × 4, batch
-               128, 16 epochs (for CPUs; sizes are ours)
+    scale      paper, small (widths from 32 in two stages of 2 blocks, patches of 4 × 4, batch 128,
+               16 epochs; for CPUs, sizes are ours)
 
 From the paper: 300 epochs, batch 256, cosine, weight decay 0.03, gradient clipping, padding 4,
 random crop and flip; one each of the values that it searches: learning rate 1e-3 (of 5e-3, 1e-3,

@@ -7,8 +7,8 @@ Arguments, as key=value with commas between them:
     model      vit_ti, vit_s, vit_b
     gr         off, none, r, lambda, zero
     optimizer  adam, rmsprop
-    scale      paper, or small: 4 blocks of width 64 on patches of 8 × 8, batch 128, 16 epochs,
-               which is minutes on two CPU cores (the five curves in the README; sizes are ours)
+    scale      paper, small (4 blocks of width 64 on patches of 8 × 8, batch 128, 16 epochs: minutes
+               on two CPU cores, the five curves in the README; sizes are ours)
 
 From the paper: 300 epochs, batch 256, cosine, weight decay 0.03, gradient clipping, padding 4,
 random crop and flip; one each of the values that it searches: learning rate 1e-3 (of 5e-3, 1e-3,

@@ -10,7 +10,7 @@ Arguments, as key=value with commas between them:
     decay      none, l2, decoupled, scheduled
     optimizer  adam, amsgrad, yogi, radam, adabound, padam, rmsprop, sgd
     gr         off, none, r, lambda, zero
-    scale      paper, or small: 200 features in place of 512 and 8 epochs, cosine (sizes are ours)
+    scale      paper, small (200 features in place of 512, 8 epochs, cosine; sizes are ours)
 
 From the paper (Appendix B): 2 layers, 512 features, dropout 0.5, 20 streams, 35 words a step,
 learning rate 1e-3, gradients clipped at 0.25. Ours, since the text at hand leaves it open: 200

@@ -19,16 +19,12 @@ def header(path):
 
 
 def choices(path):
-    """{argument: its values} from the header's lines "    argument   value, value (remark), …"."""
-    found = {}
+    """{argument: its values} from the header's lines "    argument   value, value (remark)"."""
     text = header(path)
-    for line in re.findall(r"^    ([a-z]+ {2,}\S.*)$", text, re.M):
-        name, values = re.split(r" {2,}", line, maxsplit=1)
-        found[name] = re.findall(r"(?:^|, |or )(\w+)", re.sub(r"\(.*?\)", "", values))
+    lines = re.findall(r"^    ([a-z]+) {2,}(\S[^(\n]*)", text, re.M)
     inline = re.search(r"Arguments: (.*?), as in", text, re.DOTALL)
-    for name, values in re.findall(r"(\w+) \(([^)]*)\)", inline[1] if inline else ""):
-        found[name] = re.split(r",\s+", values)
-    return found
+    lines += re.findall(r"(\w+) \(([^)]*)\)", inline[1] if inline else "")
+    return {name: re.findall(r"\w+", values) for name, values in lines}
 
 
 CASES = [
