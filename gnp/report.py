@@ -46,12 +46,12 @@ _PANELS = (
     _Panel("Perplexity", "exp(loss).", figures.perplexity, _of_each_split("perplexity")),
     _Panel(
         "Error",
-        "Examples classified wrongly.",
+        "Images, or words, that are predicted wrongly.",
         figures.error,
         _of_each_split("error"),
         percent=True,
     ),
-    _Panel("Loss", "Mean over examples.", figures.loss, _of_each_split("loss")),
+    _Panel("Loss", "Mean over images or words, in nats.", figures.loss, _of_each_split("loss")),
     _Panel(
         "Gradient norm",
         "Of the first and, if any, the perturbed gradient.",
@@ -192,10 +192,10 @@ def _numbers(run: runs.Run) -> Iterator[str]:
     result = run.result or {}
     step, epoch = run.last
     of_text = run.has("test", "perplexity")
-    key, show = ("perplexity", _decimal) if of_text else ("error", _percent)
+    key, show = ("perplexity", _perplexity) if of_text else ("error", _percent)
     yield _entry(f"Test {key}", show(run.final("test", key)), kind="main")
     if run.has("valid", key):
-        yield _entry(f"Validation {key}", show(run.final("valid", key)))
+        yield _entry(f"Valid {key}", show(run.final("valid", key)))
     yield _entry(f"Train {key}", show(run.final("train", key)), "last logged")
     yield _entry("Test loss", _decimal(run.final("test", "loss")))
     yield _entry("Train loss", _decimal(run.final("train", "loss")), "last logged")
@@ -312,6 +312,10 @@ def _number(value: Any) -> str:
 
 def _decimal(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else _NONE
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else _NONE
 
 
 def _percent(fraction: float) -> str:

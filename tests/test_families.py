@@ -70,7 +70,7 @@ def test_an_epoch(family, data_dir, tmp_path, monkeypatch, capsys):
     assert f"Test {metric}" in page
     assert f"test {metric}" in capsys.readouterr().out
     if family == "lstm":
-        assert result["valid"]["perplexity"] > 1 and "Validation perplexity" in page
+        assert result["valid"]["perplexity"] > 1 and "Valid perplexity" in page
         # 60 lines of 12 words and their ends, 4 streams of 5 words a step
         assert result["steps"] == 60 * 13 // 20
 

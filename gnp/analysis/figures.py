@@ -299,7 +299,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], run: Run, warmup: float) -> 
     if warmup > 0:
         first.annotate("warmup", (0, 1), (0, 3), "axes fraction", "offset points", va="bottom")
     if first.get_legend_handles_labels()[0]:
-        first.legend(loc="lower right", bbox_to_anchor=(1, 1.02), ncols=2, columnspacing=1.2)
+        first.legend(loc="lower right", bbox_to_anchor=(1, 1.02), ncols=3, columnspacing=1.2)
     return figure
 
 
