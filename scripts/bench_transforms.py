@@ -13,42 +13,21 @@ memory to the system after each call, and the next call pays for fresh pages (a 
 step): a cost that is not a gradient's, and that would make a step of two gradients look cheap.
 """
 
-import contextlib
-import ctypes
-import json
-import pathlib
-import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
+import benchmark
 import jax
 import jax.numpy as jnp
 import optax
+from benchmark import Row
 
 from gnp import models, transforms
 from gnp.command_line import Parser, run
-from gnp.errors import UserError
 
 RADIUS, RATE, DECAY = 0.1, 1e-3, 5e-4
 WARMUP_STEPS = 10**9  # of zero-warmup: no measurement comes to its end
-
-
-class Row(NamedTuple):
-    """A line of the table, and an object of the JSON file."""
-
-    name: str
-    value: float
-    unit: str
-    spread: tuple[float, float] | None = None  # quartiles
-    target: float | None = None  # the most that `value` may be
-
-    def as_json(self) -> dict[str, Any]:
-        """Name, value and unit; target and whether it is met where there is one."""
-        row: dict[str, Any] = {"name": self.name, "value": self.value, "unit": self.unit}
-        if self.target is not None:
-            row |= {"target": self.target, "met": self.value <= self.target}
-        return row
 
 
 class Case:
@@ -103,28 +82,8 @@ class Case:
         return (time.perf_counter() - start) / steps
 
     def temporary_bytes(self) -> int:
-        """What the program allocates beside its arguments and results."""
-        memory = self.step.memory_analysis()
-        if memory is None:
-            raise UserError("this device's compiler does not account for its memory")
-        return memory.temp_size_in_bytes
-
-
-def pairs(a: Case, b: Case, rounds: int, seconds: float) -> list[tuple[float, float]]:
-    """The times of a step of `a` and of `b` in turn, over blocks of about `seconds` each."""
-    for case in (a, b):
-        case.seconds(1)  # the first is slow
-    slower = max(case.seconds(1) for case in (a, b))
-    steps = max(1, round(seconds / slower))
-    return [(a.seconds(steps), b.seconds(steps)) for _ in range(rounds)]
-
-
-def row(name: str, values: list[float], unit: str, target: float | None = None) -> Row:
-    """The median and the quartiles."""
-    low, _, high = (
-        statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
-    )
-    return Row(name, statistics.median(values), unit, (low, high), target)
+        """What the step allocates beside its arguments and results."""
+        return benchmark.temporary_bytes(self.step)
 
 
 def measure(cases: dict[str, Case], rounds: int, seconds: float, size: int) -> list[Row]:
@@ -134,8 +93,8 @@ def measure(cases: dict[str, Case], rounds: int, seconds: float, size: int) -> l
 
     def ratio(a: str, b: str, target: float | None = None) -> None:
         case_a, case_b = (cases[name.partition(",")[0]] for name in (a, b))
-        times = pairs(case_a, case_b, rounds, seconds)
-        rows.append(row(f"{a} / {b}", [x / y for x, y in times], "ratio", target))
+        times = benchmark.pairs(case_a, case_b, rounds, seconds)
+        rows.append(benchmark.row(f"{a} / {b}", [x / y for x, y in times], "ratio", target))
         for name, of_case in zip((a, b), zip(*times, strict=True), strict=True):
             milliseconds.setdefault(name, []).extend(1e3 * x for x in of_case)
 
@@ -150,7 +109,7 @@ def measure(cases: dict[str, Case], rounds: int, seconds: float, size: int) -> l
     ratio("zero-warmup, after it", "GR α = 1")
     ratio("AdamS", "AdamW", 1.01)
     ratio("GR α = 1", "optax.contrib.sam")
-    rows += [row(f"{name}: a step", times, "ms") for name, times in milliseconds.items()]
+    rows += [benchmark.row(f"{name}: a step", times, "ms") for name, times in milliseconds.items()]
 
     copies = "copies of the parameters"
     plain = cases["plain"].temporary_bytes()
@@ -189,44 +148,23 @@ def make_cases(loss_fn: Callable[..., jax.Array], params: Any, batch: Any) -> di
     }
 
 
-def table(rows: list[Row]) -> str:
-    """The rows for a terminal."""
-    lines = []
-    for r in rows:
-        spread = f"[{r.spread[0]:.3f}, {r.spread[1]:.3f}]" if r.spread else ""
-        end = ""
-        if r.target is not None:
-            end = f"  target {r.target:g}: {'met' if r.value <= r.target else 'missed'}"
-        lines.append(f"{r.name:50s} {r.value:10.3f}  {spread:22s} {r.unit}{end}")
-    return "\n".join(lines)
-
-
 def main() -> int:
     """Measures, prints, writes."""
     parser = Parser("scripts/bench_transforms.py", __doc__ or "")
     parser.prog = "python scripts/bench_transforms.py"
-    parser.add_argument("--quick", action="store_true", help="small: a minute or two on 2 cores")
-    parser.add_argument("--json", type=pathlib.Path, help="file for the rows, an object a line")
-    parser.add_argument("--rounds", type=int, help="pairs of each comparison (15; quick: 9)")
-    parser.add_argument("--seconds", type=float, help="of a block of steps (1; quick: 0.3)")
+    benchmark.add_flags(parser, rounds=(15, 9))
     parser.add_argument("--batch_size", type=int, help="examples of a batch (128; quick: 32)")
     parser.add_argument("--width", type=int, help="of the ViT (192; quick: 64)")
     parser.add_argument("--depth", type=int, help="of the ViT (12; quick: 4)")
     parser.add_argument("--num_heads", type=int, help="of the ViT (3; quick: 2)")
     flags = parser.parse_args()
-    defaults = {"rounds": 15, "seconds": 1.0, "batch_size": 128}
-    if flags.quick:
-        defaults = {"rounds": 9, "seconds": 0.3, "batch_size": 32}
-        defaults |= {"width": 64, "depth": 4, "num_heads": 2}
-    given = {name: value for name, value in vars(flags).items() if value is not None}
-    sizes = defaults | given
-    for name in ("rounds", "batch_size", "width", "depth", "num_heads"):
-        if sizes.get(name, 1) < 1:
-            raise UserError(f"--{name} must be 1 or more, got {sizes[name]}")
-    if sizes["seconds"] < 0:
-        raise UserError(f"--seconds must be 0 or more, got {sizes['seconds']}")
+    sizes = benchmark.sizes(
+        flags,
+        {"rounds": 15, "seconds": 1.0, "batch_size": 128},
+        {"rounds": 9, "seconds": 0.3, "batch_size": 32, "width": 64, "depth": 4, "num_heads": 2},
+    )
 
-    _keep_freed_memory()
+    benchmark.keep_freed_memory()
     overrides = {name: sizes[name] for name in ("width", "depth", "num_heads") if name in sizes}
     model = models.create("vit_ti", 10, image_size=32, **overrides)
     key = jax.random.key(0)
@@ -238,36 +176,15 @@ def main() -> int:
         logits = model.apply(params, batch["images"], train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
-    with _opened(flags.json) as file:
+    with benchmark.opened(flags.json) as file:
         device = jax.devices()[0]
         size = sum(x.nbytes for x in jax.tree.leaves(params))
         number = sum(x.size for x in jax.tree.leaves(params))
         print(f"{device.device_kind}, {number:,} parameters, batch {sizes['batch_size']}")
         cases = make_cases(loss_fn, params, batch)
         rows = measure(cases, sizes["rounds"], sizes["seconds"], size)
-        print(table(rows))
-        if file is not None:
-            file.writelines(json.dumps(r.as_json(), ensure_ascii=False) + "\n" for r in rows)
+        benchmark.report(rows, file)
     return 0
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc, where there is one, keep what is freed in place of returning it to the system."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
-        for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
-            mallopt(option, value)
-
-
-def _opened(path: pathlib.Path | None) -> contextlib.AbstractContextManager[TextIO | None]:
-    """The file to be written, opened before anything is measured."""
-    if path is None:
-        return contextlib.nullcontext()
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json: cannot write {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -27,20 +29,26 @@ def bench(name, *flags):
     )
 
 
-def test_transforms(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    sizes = ("--batch_size=2", "--width=8", "--depth=1", "--num_heads=1")
-    done = bench("transforms", "--quick", "--rounds=1", "--seconds=0", *sizes, f"--json={path}")
+def rows_of(name, path, *flags):
+    """What a small run writes, checked for what all benchmarks share."""
+    done = bench(name, "--quick", "--rounds=1", "--seconds=0", *flags, f"--json={path}")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         assert set(row) in ({"name", "value", "unit"}, {"name", "value", "unit", "target", "met"})
         assert math.isfinite(row["value"])
-        assert row["unit"] in ("ratio", "ms", "copies of the parameters")
-        assert row["value"] > 0 or "above plain" in row["name"]
         assert "met" not in row or row["met"] == (row["value"] <= row["target"])
         assert row["name"] in done.stdout
     assert len({row["name"] for row in rows}) == len(rows)
+    return rows
+
+
+def test_transforms(tmp_path):
+    sizes = ("--batch_size=2", "--width=8", "--depth=1", "--num_heads=1")
+    rows = rows_of("transforms", tmp_path / "rows.jsonl", *sizes)
+    for row in rows:
+        assert row["unit"] in ("ratio", "ms", "copies of the parameters")
+        assert row["value"] > 0 or "above plain" in row["name"]
     targets = {row["name"]: row["target"] for row in rows if "target" in row}
     memory = "temporary memory above plain"
     assert targets == {
@@ -54,12 +62,37 @@ def test_transforms(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("family", "model"), [("vit", "vit_ti"), ("vgg", "vgg16_bn")])
+def test_models(tmp_path, family, model):
+    """Runs only if the block is the same computation as the bare one."""
+    rows = rows_of("models", tmp_path / "rows.jsonl", f"--family={family}", "--batch_size=1")
+    block = f"{family} block"
+    targets = {row["name"]: row["target"] for row in rows if "target" in row}
+    assert targets == {
+        f"{block}: a step, ours / bare": 1.03,
+        f"{block}: temporary memory, ours / bare": 1.03,
+    }
+    units = {"compile time": "s", "a step": "ms", "temporary memory": "MiB"}
+    pairs = [(block, "ours", "bare")]
+    if family == "vit":
+        pairs.append((model, "scanned", "unrolled"))
+    expected = {f"{model}: compile time": "s"} if family == "vgg" else {}
+    for name, a, b in pairs:
+        for what, unit in units.items():
+            expected[f"{name}: {what}, {a} / {b}"] = "ratio"
+            expected |= {f"{name}: {what}, {of}": unit for of in (a, b)}
+    assert {row["name"]: row["unit"] for row in rows} == expected
+    assert all(row["value"] > 0 for row in rows)
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
-    for flags, message in (
-        (["--rounds=0"], "--rounds must be 1 or more, got 0"),
-        ([f"--json={tmp_path / 'no' / 'rows.jsonl'}"], "--json: cannot write"),
-        (["--width=7", "--num_heads=2"], "model.num_heads 2 does not divide model.width 7"),
+    heads = "model.num_heads 2 does not divide model.width 7"
+    for name, flags, message in (
+        ("transforms", ["--rounds=0"], "--rounds must be 1 or more, got 0"),
+        ("transforms", [f"--json={tmp_path / 'no' / 'rows.jsonl'}"], "--json: cannot write"),
+        ("transforms", ["--width=7", "--num_heads=2"], heads),
+        ("models", ["--family=vti"], "unknown family 'vti'; did you mean 'vit'?"),
     ):
-        done = bench("transforms", "--quick", *flags)
+        done = bench(name, "--quick", *flags)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
