@@ -132,7 +132,10 @@ def test_the_representatives_are_of_every_file():
     assert {MODELS[name].file for name in NARROW} == {info.file for info in MODELS.values()}
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "googlenet" else ()) for n in NARROW],
+)
 def test_narrow_version_in_both_precisions(name):
     """Finite logits and gradients, float32 parameters, and logits that are near each other.
 
