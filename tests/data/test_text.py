@@ -76,7 +76,7 @@ def test_without_a_folder():
         data.open_source("ptb")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(5, 60), st.integers(1, 7), st.integers(1, 6), st.integers(0, 50))
 def test_streams_go_on_where_they_were(num_words, batch_size, length, step):
     """Successive batches of a stream are the text itself, round and round."""
@@ -103,7 +103,7 @@ def test_every_word_once_an_epoch():
         assert sorted(seen) == list(range(24))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(2, 80), st.integers(1, 9), st.integers(1, 7), st.integers(0, 5))
 def test_every_word_but_the_first_is_evaluated_once(num_words, num_streams, length, filling):
     batches = TextEvalBatches(num_words, num_streams, length, num_streams + filling)
