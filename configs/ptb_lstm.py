@@ -15,16 +15,18 @@ Arguments, as key=value with commas between them:
 From the paper (Appendix B): 2 layers, 512 features, dropout 0.5, 20 streams, 35 words a step,
 learning rate 1e-3, gradients clipped at 0.25. Ours, since the text at hand leaves it open: 200
 epochs, the rate divided by 10 at epochs 100 and 150; λ = 1e-5 for l2 and scheduled, and for
-decoupled decay 0.01, about the strength of scheduled decay: clipping keeps v̄ near 0.25² over the
-number of parameters, so that 1/√v̄ is near 15,000. With gr: a warmup of 10 % of the run, r = 0.1.
+decoupled decay 0.15, as strong as scheduled decay: clipping keeps v̄ near 0.25² over the number of
+parameters, so that 1/√v̄ is near 15,000. With gr: a warmup of 10 % of the run, r = 0.1.
 
+scale=small on two CPU cores, one seed: perplexity 134.6 on the validation text (190.9 after two
+epochs) and 126.4 on the test text, in 42 minutes beside other work. scale=paper has not been run.
 """
 
 from ml_collections import ConfigDict
 
 from gnp import config as gnp_config
 
-DECAYS = {"none": 0.0, "l2": 1e-5, "decoupled": 0.01, "scheduled": 1e-5}
+DECAYS = {"none": 0.0, "l2": 1e-5, "decoupled": 0.15, "scheduled": 1e-5}
 
 
 def get_config(argument: str = "") -> ConfigDict:
