@@ -30,6 +30,8 @@ def get_config(argument: str = "") -> ConfigDict:
     arguments = gnp_config.arguments(
         argument, data="cifar10", model="vit_ti", gr="zero", optimizer="adam", scale="paper"
     )
+    gnp_config.choose("data", arguments.data, ("cifar10", "cifar100"))
+    gnp_config.choose("model", arguments.model, ("vit_ti", "vit_s", "vit_b"))
     gnp_config.choose("scale", arguments.scale, ("paper", "small"))
     config = gnp_config.default()
     config.epochs = 300.0

@@ -28,6 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
     arguments = gnp_config.arguments(
         argument, model="resnet50", optimizer="adam", decay="scheduled", gr="off"
     )
+    gnp_config.choose("model", arguments.model, ("resnet18", "resnet34", "resnet50"))
     sgd = arguments.optimizer == "sgd"
     decays = {"none": 0.0, "l2": 1e-4, "decoupled": 1e-4 if sgd else 0.1, "scheduled": 1e-4}
     gnp_config.choose("decay", arguments.decay, list(decays))

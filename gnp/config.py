@@ -47,9 +47,9 @@ def default() -> ConfigDict:
                 "width": placeholder(int),  # of the first stage, where stages differ
                 "depth": placeholder(int),  # vit, cait, lstm
                 "depths": placeholder(tuple),  # blocks of each stage: swin, resnet, densenet
-                "dropout": placeholder(float),
+                "dropout": placeholder(float),  # vit, swin, cait, vgg, googlenet, lstm
                 "stochastic_depth": placeholder(float),  # vit, swin, cait
-                "patch_size": placeholder(int),  # vit, swin, cait: these and the next six
+                "patch_size": placeholder(int),  # vit, swin, cait: this and the next four
                 "num_heads": placeholder(int),
                 "mlp_ratio": placeholder(float),
                 "scan": placeholder(bool),  # compile repeated blocks once, and run them in a loop

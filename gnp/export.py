@@ -127,6 +127,8 @@ def timm_call(name: str, model: Any, image_size: int, channels: int = 3) -> str 
             "embed_dim": model.width,
             "mlp_ratio": model.mlp_ratio,
         }
+        if not float(model.mlp_ratio * model.width).is_integer():
+            return None  # timm cuts off what we round
     if file in ("vit", "cait"):
         arguments |= {"depth": model.depth, "num_heads": model.num_heads}
     if file == "vit" and model.pool == "mean":

@@ -139,14 +139,14 @@ def comparable(workdir):
 
 def test_killed_interrupted_and_continued_is_bit_for_bit_the_run_that_was_not(tmp_path):
     flags = [
-        *(*TINY, "--config.epochs=30", "--config.data.batch_size=50", "--config.log.every=10st"),
-        *("--config.checkpoint.every=50st", "--config.eval.every=30st"),
+        *(*TINY, "--config.epochs=60", "--config.data.batch_size=50", "--config.log.every=10st"),
+        *("--config.checkpoint.every=100st", "--config.eval.every=30st"),
         *("--config.model.dropout=0.1", "--config.steps_per_call=7"),
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train(whole, *flags).returncode == 0
 
-    process = begin(broken, flags, rows=8)
+    process = begin(broken, flags, rows=20)
     process.kill()  # with a checkpoint behind it, in the middle of a call or of a save
     process.communicate()
     process = begin(broken, flags, rows=30)

@@ -49,7 +49,7 @@ def random_resized_crop(
     """
     del padding
     batch, height, width, channels = images.shape
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 3)
     area = height * width * jax.random.uniform(keys[0], (batch,), minval=0.08)
     ratio = jnp.exp(jax.random.uniform(keys[1], (batch,), minval=-1, maxval=1) * jnp.log(4 / 3))
     sides = jnp.minimum(

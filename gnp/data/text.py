@@ -76,9 +76,9 @@ def open_ptb(data_dir: str | None) -> TextSource:
             ) from None
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a UTF-8 text") from None
-        texts[split] = [[*line.split(), "<eos>"] for line in text.splitlines()]
-        if len(texts[split]) < 2:
-            raise UserError(f"{path} has {len(texts[split])} lines: no text to learn from")
+        texts[split] = [[*line.split(), "<eos>"] for line in text.removesuffix("\n").split("\n")]
+        if not text.strip():
+            raise UserError(f"{path} is empty")
 
     counts = collections.Counter(word for line in texts["train"] for word in line)
     vocabulary = sorted(counts, key=lambda word: (-counts[word], word))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from gnp.models.pretrained import load_pretrained
 
-__all__ = ["ModelInfo", "ModelList", "create", "list_models", "load_pretrained"]
+__all__ = ["ModelInfo", "ModelList", "create", "fields", "list_models", "load_pretrained"]
 
 Count = tuple[int, float]  # parameters, GFLOPs
 
@@ -154,18 +154,32 @@ def create(
     Raises:
       UserError: for an unknown name or field, or sizes that do not fit together.
     """
-    if name not in _MODELS:
-        raise unknown("model", name, _MODELS)
+    known = fields(name)
     info = _MODELS[name]
-    module = getattr(importlib.import_module(f"gnp.models.{info.file}"), info.class_name)
-    known = [f for f in module.__dataclass_fields__ if f not in ("parent", "name", "num_classes")]
     for field in overrides:
         if field not in known:
             error = unknown("field", field, known)
             raise UserError(f"model {name!r} has an {error}")
-    fields = {"num_classes": num_classes} | info.sizes | overrides
+    module = _module(info)
+    arguments = {"num_classes": num_classes} | info.sizes | overrides
     if info.takes == "tokens":
-        return module.for_tokens(**fields)
+        return module.for_tokens(**arguments)
     if image_size is None:
         raise UserError(f"model {name!r} wants the size of its images (image_size)")
-    return module.for_images(image_size=image_size, **fields)
+    return module.for_images(image_size=image_size, **arguments)
+
+
+def fields(name: str) -> list[str]:
+    """The fields of a model's module that `create` takes.
+
+    Raises:
+      UserError: for an unknown name.
+    """
+    if name not in _MODELS:
+        raise unknown("model", name, _MODELS)
+    others = ("parent", "name", "num_classes")
+    return [field for field in _module(_MODELS[name]).__dataclass_fields__ if field not in others]
+
+
+def _module(info: ModelInfo) -> Any:
+    return getattr(importlib.import_module(f"gnp.models.{info.file}"), info.class_name)

@@ -250,6 +250,9 @@ def check_transformer(model: Any, image_size: int) -> None:
         raise UserError(
             f"no usual patch size for images of {image_size} pixels; set model.patch_size"
         )
+    check_positive(patch_size=model.patch_size, width=model.width, num_heads=model.num_heads)
+    if hasattr(model, "depth"):
+        check_positive(depth=model.depth)
     if image_size % model.patch_size:
         raise UserError(
             f"model.patch_size {model.patch_size} does not divide the images' {image_size} pixels"

@@ -121,6 +121,6 @@ class LanguageModel(nn.Module):
             self.num_classes,
             kernel_init=_uniform,
             bias_init=_uniform,
-            dtype=self.dtype,
+            dtype=jnp.float32,
             name="head",
-        )(dropout(x)).astype(jnp.float32)
+        )(dropout(x))

@@ -58,21 +58,24 @@ class Experiment:
         parsed = gnp_config.parse_duration(duration)
         return parsed.steps(self.steps_per_epoch, self.total_steps)
 
-    def init(self) -> TrainState:
-        """The state before the first step, on every device.
+    def load_pretrained(self) -> Any:
+        """The variables that `config.model.pretrained` names, None if it names none.
 
         Raises:
-          UserError: if the pretrained weights cannot be read, or are not this model's.
+          UserError: if they cannot be read, or are not this model's.
         """
-        pretrained = None
-        if self.config.model.pretrained is not None:
-            pretrained = models.load_pretrained(
-                self.config.model.name,
-                self.config.model.pretrained,
-                channels=self.example.shape[-1],
-                seed=self.config.seed,
-                **_model_arguments(self.config, self.source),
-            )
+        if self.config.model.pretrained is None:
+            return None
+        return models.load_pretrained(
+            self.config.model.name,
+            os.path.expanduser(self.config.model.pretrained),
+            channels=self.example.shape[-1],
+            seed=self.config.seed,
+            **_model_arguments(self.config, self.source),
+        )
+
+    def init(self, pretrained: Any = None) -> TrainState:
+        """The state before the first step, on every device, from pretrained variables if any."""
         return jax.jit(self._init, out_shardings=replicated(self.mesh))(pretrained)
 
     def abstract_state(self) -> TrainState:
@@ -217,6 +220,14 @@ def _model_arguments(config: ConfigDict, source: data.Source | data.TextSource) 
         for field, value in config.model.items()
         if field not in ("name", "pretrained") and value is not None
     }
+    known = [field for field in models.fields(config.model.name) if field in config.model]
+    foreign = [field for field in overrides if field not in known]
+    if foreign:
+        raise UserError(
+            f"{config.model.name} has no {' and no '.join(f'config.model.{f}' for f in foreign)}; "
+            f"unset with {' '.join(f'--config.model.{f}=none' for f in foreign)} "
+            f"(it has: {', '.join(known)})"
+        )
     return {
         "num_classes": source.num_classes,
         "image_size": size,

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from gnp.config import difference
+from gnp.config import difference, from_json
 from gnp.errors import UserError
 from gnp.training.checkpoint import Checkpoints
 from gnp.training.evaluation import make_evaluate
@@ -77,12 +77,16 @@ def train(
     """
     experiment = make_experiment(config)
     workdir = pathlib.Path(workdir)
+    # Before anything is written; what has a checkpoint does not begin from these weights again.
+    pretrained = None if _has_checkpoint(workdir) else experiment.load_pretrained()
     _claim(workdir, config)
     with lock(workdir):
-        return _train(experiment, workdir, command)
+        return _train(experiment, workdir, pretrained, command)
 
 
-def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -> dict[str, Any]:
+def _train(
+    experiment: Experiment, workdir: pathlib.Path, pretrained: Any, command: str | None
+) -> dict[str, Any]:
     """Trains in a work directory that is this run's and this process's."""
     config = experiment.config
     result_path = workdir / "result.json"
@@ -93,7 +97,9 @@ def _train(experiment: Experiment, workdir: pathlib.Path, command: str | None) -
     print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     step = checkpoints.latest_step() or 0
-    state = checkpoints.restore(experiment.abstract_state()) if step else experiment.init()
+    state = (
+        checkpoints.restore(experiment.abstract_state()) if step else experiment.init(pretrained)
+    )
     data = experiment.load_data()
     writer = MetricsWriter(workdir, step=step)
     log_every, eval_every, save_every = (
@@ -220,9 +226,12 @@ def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            changed = difference(json.loads(path.read_text()), json.loads(text))
+            # A field that an older version did not have is at its default.
+            there = from_json(path.read_text(), where=str(path))
+            changed = difference(there.to_dict(), config.to_dict())
             metrics = workdir / "metrics.jsonl"
-            if changed and not (metrics.exists() and metrics.stat().st_size):
+            logged = metrics.exists() and metrics.stat().st_size
+            if changed and not logged and not _has_checkpoint(workdir):
                 write_atomically(path, text + "\n")  # that run never made a step worth keeping
             elif changed:
                 raise UserError(
@@ -231,10 +240,13 @@ def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
                 )
         else:
             write_atomically(path, text + "\n")
-    except json.JSONDecodeError:
-        raise UserError(f"{path} is damaged; choose another --workdir") from None
     except OSError as error:
         raise UserError(f"cannot write the work directory {workdir}: {error.strerror}") from None
+
+
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved a step there."""
+    return any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def foreign(folder):
             "ptb.test.txt: No such file or directory; config.data.data_dir must be the folder",
         ),
         (not_text, "ptb.test.txt is not a UTF-8 text"),
-        (empty, "ptb.valid.txt has 0 lines"),
+        (empty, "ptb.valid.txt is empty"),
         (foreign, "ptb.valid.txt, line 2: 'zebra' is not in ptb.train.txt, and neither is <unk>"),
     ],
 )

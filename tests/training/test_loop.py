@@ -191,7 +191,7 @@ def test_work_directories_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="cannot write the work directory"):
         train(make_config(), tmp_path / "file")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is damaged"):
+    with pytest.raises(UserError, match=r"config.json is not a configuration of this version"):
         train(make_config(), tmp_path)
 
 
@@ -209,15 +209,15 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_acts(number, capfd):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(n) for n in numbers]  # a background job ignores SIGINT
     before = signal.getsignal(number)
     with loop._stop_requests() as stop:
         signal.raise_signal(number)
         assert stop.is_set()
         assert "stopping after the steps under way" in capfd.readouterr().err
         assert signal.getsignal(number) is before  # so a second one acts as if there were no run
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == [
-        *(signal.default_int_handler, signal.SIG_DFL)
-    ]
+    assert [signal.getsignal(n) for n in numbers] == handlers
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
@@ -271,3 +271,34 @@ def test_a_run_that_begins_from_pretrained_weights(finished, tmp_path):
     assert values["test"]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-4)
     with pytest.raises(UserError, match=r"weights.safetensors"):
         train(make_config(**fields), tmp_path / "other")
+
+
+def test_a_stopped_run_that_has_logged_nothing_keeps_its_configuration(finished, tmp_path):
+    """Its checkpoint tells that it made steps, and a mistyped pretrained file leaves nothing."""
+    workdir, _ = finished
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    shutil.copy(workdir / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"config.lr.base: 0.003 there, 0.1 here"):
+        train(make_config(lr__base=0.1), tmp_path)
+    with pytest.raises(UserError, match=r"there is no file .*nowhere.safetensors"):
+        train(make_config(model__pretrained="nowhere.safetensors"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_field_that_an_older_version_did_not_have_is_at_its_default(tmp_path):
+    config = make_config().to_dict()
+    del config["model"]["pool"], config["data"]["image_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    loop._claim(tmp_path, make_config())
+    with pytest.raises(UserError, match=r"config.data.image_size: None there, 16 here"):
+        loop._claim(tmp_path, make_config(data__image_size=16))
+
+
+def test_fields_that_the_model_does_not_have_are_named_together(tmp_path):
+    with pytest.raises(UserError) as error:
+        train(make_config(model__name="resnet18", model__width=8), tmp_path / "run")
+    assert str(error.value).startswith(
+        "resnet18 has no config.model.depth and no config.model.num_heads; "
+        "unset with --config.model.depth=none --config.model.num_heads=none (it has: depths, "
+    )
