@@ -114,10 +114,12 @@ class ModelList(dict[str, ModelInfo]):
         for name, info in self.items():
             (large, large_flops), (small, small_flops) = info.large, info.small
             sizes = (f"{large:,}", f"{large_flops:.2f}", f"{small:,}", f"{small_flops:.2f}")
+            paper = info.paper
             if info.takes == "tokens":
-                sizes = (f"{large:,}", f"{large_flops:.2f}", "10,000 words,", "a word")
-            lines.append(form.format(name, *sizes, info.paper))
-        return "\n".join(lines)
+                sizes = (f"{large:,}", f"{large_flops:.3f}", "", "")
+                paper += " (10,000 words, GFLOPs for one)"
+            lines.append(form.format(name, *sizes, paper))
+        return "\n".join(line.rstrip() for line in lines)
 
     __str__ = __repr__
 
