@@ -42,7 +42,11 @@ def test_every_family_is_here():
     assert set(FAMILIES) == {info.file for info in models.list_models().values()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    # GoogLeNet has no shallow version, and takes the longest to compile.
+    [pytest.param(f, marks=pytest.mark.slow if f == "googlenet" else ()) for f in FAMILIES],
+)
 def test_an_epoch(family, data_dir, tmp_path, monkeypatch, capsys):
     config, sizes = FAMILIES[family]
     batch = ["--config.data.batch_size=4", "--config.data.sequence_length=5"]
