@@ -16,7 +16,8 @@ random crop and flip; one each of the values that it searches: learning rate 1e-
 paper leaves it open: the decay is decoupled, the norm that gradients are clipped to is 1, and there
 is no dropout and no stochastic depth.
 
-Run so far on generated images only, a narrow version for an epoch: no error to compare with.
+One epoch of scale=small with gr=off (--config.epochs=1 --config.lr.warmup=20%), one seed, two CPU
+cores: test error 70.0 % in 52 s. Neither scale has been run to its end.
 """
 
 from ml_collections import ConfigDict
