@@ -21,8 +21,8 @@ Ours: coupled decay is as strong as the paper's (5e-4 with SGD, 0.5 otherwise), 
 decay at the first learning rate, λ = η₀ times that. With gr, 10 % of the run are a warmup of the
 rate, and r = 0.1.
 
-Not run to its end at either scale. On two CPU cores that did other work too, scale=small of ResNet18
-took 3.7 s a step: convolutions inside the compiled loop are slow on CPUs, and this wants a GPU.
+Not run to its end at either scale. On two CPU cores that did other work too, scale=small of
+ResNet18 took 3.7 s a step: it seems that convolutions inside the compiled loop are slow on CPUs.
 """
 
 from ml_collections import ConfigDict
