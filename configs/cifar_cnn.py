@@ -21,8 +21,8 @@ Ours: coupled decay is as strong as the paper's (5e-4 with SGD, 0.5 otherwise), 
 decay at the first learning rate, λ = η₀ times that. With gr, 10 % of the run are a warmup of the
 rate, and r = 0.1.
 
-Not run to its end at either scale. On two CPU cores that did other work too, scale=small of
-ResNet18 took 3.7 s a step: it seems that convolutions inside the compiled loop are slow on CPUs.
+Not run to its end at either scale. scale=small of ResNet18 takes 0.21 s a step on two CPU cores,
+22 minutes for its 16 epochs.
 """
 
 from ml_collections import ConfigDict
@@ -57,6 +57,7 @@ def get_config(argument: str = "") -> ConfigDict:
     gnp_config.choose("scale", arguments.scale, ("paper", "small"))
     config = gnp_config.default()
     config.epochs = 200.0
+    config.steps_per_call = 1  # convolutions are slow in a loop on CPUs; a GPU may have more
 
     config.model.name = arguments.model
     config.data.name = arguments.data

@@ -119,9 +119,7 @@ def _train(
         .compile()
     )
     evaluations = {
-        split: make_evaluate(experiment.model, batches, experiment.mesh)
-        .lower(state, data.arrays[split])
-        .compile()
+        split: make_evaluate(experiment.model, batches, experiment.mesh, state, data.arrays[split])
         for split, batches in data.eval_batches.items()
         if split != "train"
     }

@@ -96,7 +96,7 @@ def test_evaluation_is_one_pass_over_each_stream(num_streams, devices):
     rows = num_streams if devices == 1 else 8
     batches = TextEvalBatches(len(TEXT), num_streams, 4, rows)
     placed = jax.device_put((state, {"word": TEXT}), replicated(mesh))
-    sums = make_evaluate(model, batches, mesh)(*placed)
+    sums = make_evaluate(model, batches, mesh, *placed)(*placed)
 
     losses, wrong = [], []
     for words, labels in zip(

@@ -209,7 +209,7 @@ def test_evaluation_is_numpys_at_any_batch_size(data, batch_size, devices):
         return -jax.nn.log_softmax(logits)[jnp.arange(50), data["label"]].mean()
 
     state, arrays = jax.device_put((state, data), replicated(mesh))
-    values = mean_metrics(make_evaluate(model, batches, mesh)(state, arrays))
+    values = mean_metrics(make_evaluate(model, batches, mesh, state, arrays)(state, arrays))
     params = jax.device_get(state.params)
     logits = jax.jit(model.apply)({"params": params}, images)
     errors = np.asarray(logits).argmax(1) != data["label"]
