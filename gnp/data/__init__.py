@@ -1,12 +1,12 @@
 """Data sets by name, augmentation, and batches."""
 
 from gnp.data.augment import parse_augment
-from gnp.data.sources import Source, Split, holds, list_sources, open_source
+from gnp.data.records import Source
+from gnp.data.sources import holds, list_sources, open_source
 from gnp.data.text import TextSource
 
 __all__ = [
     "Source",
-    "Split",
     "TextSource",
     "holds",
     "list_sources",

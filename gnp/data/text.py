@@ -16,7 +16,7 @@ import numpy as np
 from gnp.data.pipeline import Batch
 from gnp.errors import UserError
 
-_SPLITS = ("train", "valid", "test")
+_FILES = {"train": "train", "validation": "valid", "test": "test"}  # split → as in the file's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ def open_ptb(data_dir: str | None) -> TextSource:
             f"{where}"
         )
     texts = {}
-    for split in _SPLITS:
-        path = Path(data_dir).expanduser() / f"ptb.{split}.txt"
+    for split, name in _FILES.items():
+        path = Path(data_dir).expanduser() / f"ptb.{name}.txt"
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
@@ -92,8 +92,8 @@ def open_ptb(data_dir: str | None) -> TextSource:
                 (i, word) for i, line in enumerate(lines, 1) for word in line if word not in numbers
             )
             raise UserError(
-                f"ptb.{split}.txt, line {number}: {word!r} is not in ptb.train.txt, and neither is "
-                "<unk> to stand for it"
+                f"ptb.{_FILES[split]}.txt, line {number}: {word!r} is not in ptb.train.txt, and "
+                "neither is <unk> to stand for it"
             )
         words[split] = np.array(found, np.int32)
     return TextSource("ptb", tuple(vocabulary), words)

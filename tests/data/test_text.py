@@ -22,17 +22,17 @@ def test_words_are_numbered_by_frequency_and_lines_end(tmp_path):
     source = write(tmp_path, " b a b \n c a b\n", valid="a b\nc\n", test="c\nb\n")
     assert source.vocabulary == ("b", "<eos>", "a", "c")
     np.testing.assert_array_equal(source.words["train"], [0, 2, 0, 1, 3, 2, 0, 1])
-    np.testing.assert_array_equal(source.words["valid"], [2, 0, 1, 3, 1])
+    np.testing.assert_array_equal(source.words["validation"], [2, 0, 1, 3, 1])
     assert source.words["train"].dtype == np.int32
     assert (source.num_classes, source.holds, source.unit) == (4, "tokens", "word")
-    assert source.num_examples == {"train": 8, "valid": 5, "test": 4}
+    assert source.num_examples == {"train": 8, "validation": 5, "test": 4}
     assert data.holds("ptb") == "tokens" and data.holds("digits") == "images"
 
 
 def test_a_word_without_a_number_is_unk(tmp_path):
     source = write(tmp_path, "a <unk>\nb\n", valid="z\na\n")
     unknown = source.vocabulary.index("<unk>")
-    assert source.words["valid"][0] == unknown
+    assert source.words["validation"][0] == unknown
 
 
 def damaged(folder):
