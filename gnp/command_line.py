@@ -1,12 +1,13 @@
 """What the command lines share: a parser and an end that tell a user's mistake in one line."""
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from gnp.errors import UserError
+from gnp.errors import UserError, unknown
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,8 +26,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def overrides(arguments: Sequence[str], flags: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of field and text from ["--config.a.b=text", …], in order.
+
+    Args:
+      arguments: what is left of the command line.
+      flags: the flags that it may have beside these, to be suggested for another.
+
+    Raises:
+      UserError: for anything else, and for a field without a value.
+    """
+    pairs = []
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        if not flag.startswith("--config."):
+            raise unknown("flag", flag, [*flags, "--help"])
+        if not equals:
+            raise UserError(f"{flag} has no value; write {flag}=VALUE")
+        pairs.append((flag.removeprefix("--config."), text))
+    return pairs
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs a command line's `main` and exits with its code, or with 2 on a `UserError`."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         code = main()
     except UserError as error:

@@ -4,6 +4,7 @@ A config file is Python that defines `get_config(argument: str = "")`, which ret
 `ConfigDict` made from `default()`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -24,6 +25,9 @@ OPTIMIZERS = ("adam", "amsgrad", "yogi", "radam", "adabound", "padam", "rmsprop"
 WEIGHT_DECAYS = ("none", "l2", "vanilla", "coupled", "decoupled", "scheduled")
 LR_SCHEDULES = ("constant", "cosine", "step", "restarts")
 LR_WARMUPS = ("linear", "constant")
+_REMOVED = ("data.padding",)  # fields that older configurations have
+DATA_RESIDENT = ("auto", "true", "false")
+DATA_ON_DAMAGED = ("stop", "skip")
 GR_POLICIES = ("off", "none", "r", "lambda", "zero")
 
 
@@ -67,12 +71,19 @@ def default() -> ConfigDict:
             "data": {
                 "name": "digits",
                 "data_dir": placeholder(str),  # None: TensorFlow Datasets' own
+                "train": "train",  # a split, or a part of one as train[:90%]
+                "validation": placeholder(str),  # likewise: evaluated beside test
+                "test": placeholder(str),  # likewise; None: the data set's own
+                "resident": "auto",  # auto, true, false: kept on the devices, or streamed
+                "workers": placeholder(int),  # processes that decode what is streamed; None: cores
+                "on_damaged": "stop",  # stop, skip: what a damaged image does
                 "batch_size": 128,  # over all devices; of text, streams that are read side by side
                 "sequence_length": 35,  # text: words of each stream in a step
                 "image_size": placeholder(int),  # pixels on a side; None: the data set's own
-                # none, basic (= pad_crop,flip), or operations: pad_crop,flip,random_resized_crop
-                "augment": "none",
-                "padding": 4,  # pixels on each side, of pad_crop
+                "resize": placeholder(int),  # side of images before a crop; None: 8/7 image_size
+                "augment": "none",  # none, basic, heavy, or operations: pad_crop:4,flip
+                "mean": placeholder(tuple),  # of each channel over 255; None: the data set's own
+                "std": placeholder(tuple),
             },
             "optimizer": {
                 "name": "adam",
@@ -229,7 +240,7 @@ def from_json(text: str, *, where: str) -> ConfigDict:
     config = default()
     try:
         for field, value in _flat(json.loads(text)).items():
-            if value is not None:
+            if value is not None and field not in _REMOVED:
                 config.update_from_flattened_dict({field: value})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{where} is not a configuration of this version: {error}") from None
@@ -272,9 +283,16 @@ def _parse_bool(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def _parse_tuple(text: str) -> tuple[str | int, ...]:
+def _parse_tuple(text: str) -> tuple[str | int | float, ...]:
     items = [item.strip() for item in text.split(",") if item.strip()]
-    return tuple(int(item) if item.isdecimal() else item for item in items)
+    return tuple(map(_parse_item, items))
+
+
+def _parse_item(text: str) -> str | int | float:
+    for parse in (int, float):
+        with contextlib.suppress(ValueError):
+            return parse(text)
+    return text
 
 
 # --- Validation ---------------------------------------------------------------------------------
@@ -302,7 +320,8 @@ def validate(config: ConfigDict) -> None:
     for field, valid in {
         "dtype": DTYPES,
         "model.name": models.list_models(),
-        "data.name": data.list_sources(),
+        "data.resident": DATA_RESIDENT,
+        "data.on_damaged": DATA_ON_DAMAGED,
         "optimizer.name": OPTIMIZERS,
         "weight_decay.kind": WEIGHT_DECAYS,
         "lr.schedule": LR_SCHEDULES,
@@ -339,7 +358,7 @@ def validate(config: ConfigDict) -> None:
         *("model.patch_size", "model.width", "model.depth", "model.num_heads"),
         *("model.window_size", "model.class_depth", "model.batch_norm_groups"),
         *("model.growth_rate", "model.embedding_size", "model.hidden_size"),
-        *("data.image_size", "data.sequence_length", "lr.restart_multiplier"),
+        *("data.image_size", "data.resize", "data.sequence_length", "lr.restart_multiplier"),
     ):
         require(field, lambda x: x >= 1, "1 or more")
     require(
@@ -347,7 +366,7 @@ def validate(config: ConfigDict) -> None:
         lambda x: len(x) > 0 and all(isinstance(d, int) and d >= 1 for d in x),
         "a list of whole numbers, 1 or more, as 2,2,6,2",
     )
-    for field in ("weight_decay.value", "gr.radius", "gr.ratio", "data.padding"):
+    for field in ("weight_decay.value", "gr.radius", "gr.ratio", "data.workers"):
         require(field, lambda x: x >= 0, "0 or more")
     for field in (
         *("optimizer.b1", "optimizer.b2", "optimizer.decay", "optimizer.momentum"),
@@ -356,6 +375,9 @@ def validate(config: ConfigDict) -> None:
         require(field, lambda x: 0 <= x < 1, "at least 0 and below 1")
     for field in ("lr.warmup_factor", "lr.drop_factor"):
         require(field, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    for field, least in (("data.mean", 0.0), ("data.std", 1e-6)):
+        if config.data[field.removeprefix("data.")] is not None:
+            _check_channels(field, fields[field], least)
     require("optimizer.partial", lambda x: 0 <= x <= 0.5, "from 0 to 0.5")
     require("seed", lambda x: 0 <= x < 2**31, "from 0 to 2147483647")
     require("mesh.data", lambda x: x == -1 or x >= 1, "1 or more, or -1 for all devices")
@@ -413,6 +435,14 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for field in sorted({*a, *b})
         if a.get(field, "missing") != b.get(field, "missing")
     ]
+
+
+def _check_channels(field: str, values: Sequence[Any], least: float) -> None:
+    if not values or not all(isinstance(x, int | float) and least <= x <= 1 for x in values):
+        raise UserError(
+            f"config.{field} is {values}; it must be a number for each channel, of pixels from 0 "
+            "to 1, as 0.485,0.456,0.406"
+        )
 
 
 def _parse_field(field: str, text: str) -> Duration:

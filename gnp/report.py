@@ -39,7 +39,7 @@ class _Panel(NamedTuple):
 
 
 def _of_each_split(key: str) -> tuple[tuple[str, str, str], ...]:
-    return tuple((split, key, split) for split in ("train", "valid", "test"))
+    return tuple((split, key, split) for split in ("train", "validation", "test"))
 
 
 _PANELS = (
@@ -140,6 +140,7 @@ def _page(run: runs.Run, command: str | None) -> str:
         status=_status(run),
         summary=escape(_summary(run)),
         numbers="\n".join(_numbers(run)),
+        shaded="Shaded: the warmup. " if max(run.gr_warmup, run.learning_rate_warmup) > 0 else "",
         figures="\n".join(_figure(run, p, f"figure-{i}") for i, p in enumerate(panels, start=1))
         or "<p>Nothing has been logged yet.</p>",
         config="\n".join(_config_tables(run.config)),
@@ -178,12 +179,18 @@ def _summary(run: runs.Run) -> str:
     decay = "no weight decay"
     if run.setting("weight_decay.kind") not in (None, "none"):
         decay = f"{setting('weight_decay.kind')} weight decay {setting('weight_decay.value')}"
-    length = f"{setting('epochs')} epochs, batch size {setting('data.batch_size')}"
+    epochs = setting("epochs")
+    length = f"{epochs} {'epoch' if epochs == '1' else 'epochs'}, "
+    length += f"batch size {setting('data.batch_size')}"
+    augment = str(run.setting("data.augment") or "none")
+    augment = "no augmentation" if augment == "none" else f"augmentation {augment}"
+    if any(run.has(split, "perplexity") for split in run.metrics):
+        augment = f"{setting('data.sequence_length')} words a step"
     # The sizes that are not those of the model's name.
     sizes = {k: v for k, v in (run.setting("model") or {}).items() if k != "name" and v is not None}
     model = ", ".join(f"{name} {_number(size)}" for name, size in sizes.items())
     seed = f"seed {setting('seed')}"
-    parts = (model, gr, setting("optimizer.name"), rate, decay, length, seed)
+    parts = (model, gr, setting("optimizer.name"), rate, decay, augment, length, seed)
     return f"{_SPACE}· ".join(filter(None, parts))
 
 
@@ -194,8 +201,8 @@ def _numbers(run: runs.Run) -> Iterator[str]:
     of_text = run.has("test", "perplexity")
     key, show = ("perplexity", _perplexity) if of_text else ("error", _percent)
     yield _entry(f"Test {key}", show(run.final("test", key)), kind="main")
-    if run.has("valid", key):
-        yield _entry(f"Valid {key}", show(run.final("valid", key)))
+    if run.has("validation", key):
+        yield _entry(f"Validation {key}", show(run.final("validation", key)))
     yield _entry(f"Train {key}", show(run.final("train", key)), "last logged")
     yield _entry("Test loss", _decimal(run.final("test", "loss")))
     yield _entry("Train loss", _decimal(run.final("train", "loss")), "last logged")
@@ -211,6 +218,9 @@ def _numbers(run: runs.Run) -> Iterator[str]:
             speeds = run.series("train", f"{unit}_per_second")[1]
             speed = f"{np.nanmedian(speeds):,.0f} {unit}/s"
     yield _entry("Time", _time(seconds), speed)
+    if run.has("train", "data_wait"):
+        waits = run.series("train", "data_wait")[1]
+        yield _entry("Waiting for data", _percent(np.nanmean(waits)), "mean share of the time")
     if result.get("num_params"):
         yield _entry("Parameters", f"{int(result['num_params']):,}")
     if result.get("devices"):
@@ -433,8 +443,7 @@ $status
 $numbers
 </dl>
 <h2>Curves</h2>
-<p class="faint">Shaded: the warmup. Rows, where they are many, are faint under their running
-mean.</p>
+<p class="faint">${shaded}Rows, where they are many, are faint under their running mean.</p>
 <div class="grid">
 $figures
 </div>

@@ -6,8 +6,8 @@ import sys
 
 from gnp import config as gnp_config
 from gnp import models
-from gnp.command_line import Parser, run
-from gnp.errors import UserError, unknown
+from gnp.command_line import Parser, overrides, run
+from gnp.errors import UserError
 
 DESCRIPTION = """\
 Trains a model, or continues the run in the work directory.
@@ -31,7 +31,9 @@ def main() -> int:
     flags, rest = parser.parse_known_args()
     if not flags.workdir.name:
         raise UserError("--workdir names no directory; write --workdir=runs/NAME")
-    config = gnp_config.load(flags.config, _overrides(rest))
+    config = gnp_config.load(
+        flags.config, overrides(rest, ["--config", "--workdir", "--list-models"])
+    )
     gnp_config.validate(config)
 
     # Here, so that --help and a mistyped field do not wait for JAX.
@@ -53,19 +55,6 @@ def main() -> int:
         f"in {result['wall_time']:.0f} s\nreport: {path}"
     )
     return 0
-
-
-def _overrides(arguments: list[str]) -> list[tuple[str, str]]:
-    """Pairs of field and text from ["--config.a.b=text", …], in order."""
-    overrides = []
-    for argument in arguments:
-        flag, equals, text = argument.partition("=")
-        if not flag.startswith("--config."):
-            raise unknown("flag", flag, ["--config", "--workdir", "--list-models", "--help"])
-        if not equals:
-            raise UserError(f"{flag} has no value; write {flag}=VALUE")
-        overrides.append((flag.removeprefix("--config."), text))
-    return overrides
 
 
 if __name__ == "__main__":

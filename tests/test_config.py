@@ -92,7 +92,9 @@ def test_a_wrong_override_says_what_would_be_right(field, text, message):
     [
         ({"gr__policy": "zerro"}, "unknown config.gr.policy 'zerro'; did you mean 'zero'?"),
         ({"model__name": "vit_tl"}, "unknown config.model.name 'vit_tl'; did you mean 'vit_ti'?"),
-        ({"data__name": "cifar01"}, "did you mean 'cifar10'?"),
+        ({"data__resident": "ture"}, "unknown config.data.resident 'ture'; did you mean 'true'?"),
+        ({"data__mean": "0.5,128"}, "config.data.mean is (0.5, 128); it must be a number for"),
+        ({"data__std": "0,0.2,0.2"}, "config.data.std is (0, 0.2, 0.2); it must be a number for"),
         ({"data__augment": "bassic"}, "unknown augmentation 'bassic'; did you mean 'basic'?"),
         ({"optimizer__name": "adamm"}, "did you mean 'adam'?"),
         ({"weight_decay__kind": "decopled"}, "did you mean 'decoupled'?"),

@@ -67,7 +67,7 @@ _NOISY = ("loss", "error", "perplexity", "grad_norm", "perturbed_grad_norm")
 _FIRST: dict[str, Any] = {"color": BLUE, "linewidth": 1.3}
 _SECOND: dict[str, Any] = {"color": VERMILION, "linewidth": 1.8, "marker": "o"}
 _THIRD: dict[str, Any] = {"color": GREEN, "linewidth": 1.8, "marker": "s", "linestyle": "--"}
-_SPLITS = (("train", _FIRST), ("valid", _THIRD), ("test", _SECOND))
+_SPLITS = (("train", _FIRST), ("validation", _THIRD), ("test", _SECOND))
 # The digits that a logarithmic axis labels in each decade, by how many decades it spans.
 _DIGITS = ((1, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,))
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (9, 3)), (0, (3, 3)))

@@ -1,8 +1,9 @@
 """Loss, error and gradient norm over a whole data set."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,8 +12,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gnp.data.pipeline import Batch, EvalBatches
-from gnp.data.text import TextEvalBatches
+from gnp.data.loading import Data
+from gnp.data.pipeline import Batch
 from gnp.training.checkpoint import Checkpoints
 from gnp.training.experiment import make_experiment
 from gnp.training.sharding import over_batch, replicated
@@ -21,84 +22,111 @@ from gnp.training.step import cross_entropy, misclassified
 
 
 def make_evaluate(
-    model: nn.Module,
-    batches: EvalBatches | TextEvalBatches,
-    mesh: Mesh,
-    state: TrainState,
-    data: Batch,
-) -> Callable[[TrainState, Batch], MetricSums]:
-    """Compiles `(state, data) -> sums` of the loss and the error over all examples.
+    model: nn.Module, data: Data, split: str, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState], MetricSums]:
+    """Compiles `state -> sums` of the loss and the error over all examples of a split.
 
-    A call for each batch, one after another without waiting: XLA's convolutions take 16 times as
-    long in a loop on CPUs.
+    A call for each batch, one after another without waiting for the devices: XLA's convolutions
+    take 16 times as long in a loop on CPUs.
 
     Args:
       model: the model.
-      batches: of the data set.
+      data: the data set.
+      split: which part of it.
       mesh: the devices.
       state: one as the function will be given.
-      data: the data set, as the function will be given it.
     """
+    batches = data.eval_batches[split]
 
-    def evaluate_batch(
-        state: TrainState, data: Batch, total: tuple[Any, jax.Array, jax.Array], i: jax.Array
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        carry, losses, errors = total
-        batch = jax.lax.with_sharding_constraint(batches.batch(data, i), over_batch(mesh))
-        logits, carry = _logits(model, state, state.params, batch, carry)
-        losses += jnp.sum(batch["weight"] * cross_entropy(logits, batch["label"]))
-        errors += jnp.sum(batch["weight"] * misclassified(logits, batch["label"]))
-        return carry, losses, errors
+    def add(state: TrainState, inputs: Batch, total: _Total, i: jax.Array) -> _Total:
+        batch = jax.lax.with_sharding_constraint(batches.batch(inputs, i), over_batch(mesh))
+        logits, carry = _logits(model, state, state.params, batch, total.carry)
+        return _Total(
+            carry,
+            total.num_examples + batch["weight"].sum(),
+            {
+                "loss": total.sums["loss"]
+                + jnp.sum(batch["weight"] * cross_entropy(logits, batch["label"])),
+                "error": total.sums["error"]
+                + jnp.sum(batch["weight"] * misclassified(logits, batch["label"])),
+            },
+        )
 
-    def begin() -> tuple[Any, jax.Array, jax.Array]:
-        batch = jax.eval_shape(batches.batch, data, jnp.int32(0))
-        return _first_carry(model, state, batch), jnp.zeros(()), jnp.zeros(())
+    zeros = {"loss": jnp.zeros(()), "error": jnp.zeros(())}
+    over_split = _make_sum(add, zeros, model, data, split, mesh, state)
 
-    first = jax.jit(begin, out_shardings=replicated(mesh))()
-    count = jax.device_put(jnp.float32(batches.num_examples), replicated(mesh))
-    compiled = (
-        jax.jit(evaluate_batch, out_shardings=replicated(mesh))
-        .lower(state, data, first, 0)
-        .compile()
-    )
-
-    def evaluate(state: TrainState, data: Batch) -> MetricSums:
-        total = first
-        for i in range(batches.num_batches):
-            total = compiled(state, data, total, i)
-        _, losses, errors = total
-        return {"loss": (losses, count), "error": (errors, count)}
+    def evaluate(state: TrainState) -> MetricSums:
+        total = over_split(state)
+        return {name: (value, total.num_examples) for name, value in total.sums.items()}
 
     return evaluate
 
 
 def make_grad_norm(
-    model: nn.Module, batches: EvalBatches | TextEvalBatches, mesh: Mesh
-) -> jax.stages.Wrapped:
-    """Compiles `(state, data) ->` the norm of the gradient of the mean loss over all examples.
+    model: nn.Module, data: Data, split: str, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState], jax.Array]:
+    """Compiles `state ->` the norm of the gradient of the mean loss over all examples of a split.
 
     ‖∇ (1/N) Σᵢ Lᵢ(θ)‖, a float32 scalar, with the model as in evaluation: no augmentation, no
-    dropout, running statistics. A language model's gradient is truncated at the batches' ends.
+    dropout, running statistics. A language model's gradient is truncated at the batches' ends. The
+    arguments are those of `make_evaluate`.
     """
+    batches = data.eval_batches[split]
 
-    def grad_norm(state: TrainState, data: Batch) -> jax.Array:
-        def batch_loss(params: Any, carry: Any, i: jax.Array) -> tuple[jax.Array, Any]:
-            batch = jax.lax.with_sharding_constraint(batches.batch(data, i), over_batch(mesh))
-            logits, carry = _logits(model, state, params, batch, carry)
-            losses = cross_entropy(logits, batch["label"])
-            return jnp.sum(batch["weight"] * losses) / batches.num_examples, carry
+    def add(state: TrainState, inputs: Batch, total: _Total, i: jax.Array) -> _Total:
+        batch = jax.lax.with_sharding_constraint(batches.batch(inputs, i), over_batch(mesh))
 
-        def add(total_carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], None]:
-            total, carry = total_carry
-            grads, carry = jax.grad(batch_loss, has_aux=True)(state.params, carry, i)
-            return (jax.tree.map(jnp.add, total, grads), carry), None
+        def batch_loss(params: Any) -> tuple[jax.Array, Any]:
+            logits, carry = _logits(model, state, params, batch, total.carry)
+            return jnp.sum(batch["weight"] * cross_entropy(logits, batch["label"])), carry
 
-        carry = _first_carry(model, state, batches.batch(data, jnp.int32(0)))
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (total, _), _ = jax.lax.scan(add, (zeros, carry), jnp.arange(batches.num_batches))
-        return optax.tree.norm(total)
+        grads, carry = jax.grad(batch_loss, has_aux=True)(state.params)
+        sums = jax.tree.map(jnp.add, total.sums, grads)
+        return _Total(carry, total.num_examples + batch["weight"].sum(), sums)
 
-    return jax.jit(grad_norm, out_shardings=replicated(mesh))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    over_split = _make_sum(add, zeros, model, data, split, mesh, state)
+
+    def grad_norm(state: TrainState) -> jax.Array:
+        total = over_split(state)
+        return optax.tree.norm(total.sums) / total.num_examples
+
+    return grad_norm
+
+
+class _Total(NamedTuple):
+    """What has been added up over batches."""
+
+    carry: Any  # what the model carries from batch to batch
+    num_examples: jax.Array
+    sums: Any
+
+
+def _make_sum(
+    add: Callable[[TrainState, Batch, _Total, jax.Array], _Total],
+    zeros: Any,
+    model: nn.Module,
+    data: Data,
+    split: str,
+    mesh: Mesh,
+    state: TrainState,
+) -> Callable[[TrainState], _Total]:
+    """Compiles `add`, which adds a batch, and calls it for all batches of a split."""
+    batches, inputs = data.eval_batches[split], data.eval_input(split)
+    batch = jax.eval_shape(batches.batch, inputs, jnp.int32(0))
+    first = jax.device_put(
+        _Total(_first_carry(model, state, batch), jnp.zeros(()), zeros), replicated(mesh)
+    )
+    compiled = jax.jit(add, out_shardings=replicated(mesh)).lower(state, inputs, first, 0).compile()
+
+    def over_split(state: TrainState) -> _Total:
+        total = first
+        with contextlib.closing(data.eval_feed(split)) as feed:
+            for i in range(batches.num_batches):
+                total = compiled(state, feed.get(total), total, i)
+        return total
+
+    return over_split
 
 
 def _logits(
@@ -146,14 +174,12 @@ def evaluate_checkpoint(
     checkpoints.close()
     data = experiment.load_data()
     values: dict[str, Any] = {"step": int(state.step), "unit": experiment.source.unit}
-    for split, batches in data.eval_batches.items():
-        evaluate = make_evaluate(
-            experiment.model, batches, experiment.mesh, state, data.arrays[split]
-        )
-        grad_norm = make_grad_norm(experiment.model, batches, experiment.mesh)
+    for split in data.eval_batches:
+        arguments = experiment.model, data, split, experiment.mesh, state
+        sums = make_evaluate(*arguments)(state)
         values[split] = {
-            **experiment.mean_metrics(evaluate(state, data.arrays[split])),
-            "grad_norm": finite(float(grad_norm(state, data.arrays[split]))),
-            "num_examples": batches.num_examples,
+            **experiment.mean_metrics(sums),
+            "grad_norm": finite(float(make_grad_norm(*arguments)(state))),
+            "num_examples": int(sums["loss"][1]),
         }
     return values

@@ -1,7 +1,6 @@
 """From a configuration to the objects that a run is made of, before anything is written."""
 
 import dataclasses
-import math
 import os
 from typing import Any
 
@@ -14,11 +13,10 @@ from ml_collections import ConfigDict
 
 from gnp import config as gnp_config
 from gnp import data, models
-from gnp.data.pipeline import Batch, EvalBatches, TrainBatches, channel_statistics
-from gnp.data.text import TextEvalBatches, TextTrainBatches
+from gnp.data.loading import Data, load_images, load_text
 from gnp.errors import UserError
 from gnp.training import optimizer as optimizers
-from gnp.training.sharding import make_mesh, replicated
+from gnp.training.sharding import make_mesh, over_batch, replicated
 from gnp.training.state import MetricSums, TrainState, finite, mean_metrics
 from gnp.training.step import init_state
 
@@ -86,53 +84,37 @@ class Experiment:
             jax.eval_shape(self._init),
         )
 
-    def load_data(self) -> "Data":
-        """Decodes the data set, or reads it from the cache, and puts it onto the devices."""
+    def load_data(self) -> Data:
+        """Puts the data set onto the devices, or makes ready to stream it."""
         devices = self.mesh.devices.size
         # A batch is laid over all devices, each of which has as many rows of it.
         eval_batch_size = -(-self.config.eval.batch_size // devices) * devices
-        config, source = self.config.data, self.source
-        eval_batches: dict[str, Any]
-        if isinstance(source, data.TextSource):
-            arrays = {split: {"word": words} for split, words in source.words.items()}
-            num_streams = self.config.eval.batch_size
-            train_batches: Any = TextTrainBatches(
-                source.num_examples["train"], config.batch_size, config.sequence_length
-            )
-            eval_batches = {
-                split: TextEvalBatches(count, num_streams, config.sequence_length, eval_batch_size)
-                for split, count in source.num_examples.items()
-            }
-        else:
-            _check_memory(source, self.mesh)
-            splits = source.load()
-            arrays = {
-                name: {"image": split.images, "label": split.labels}
-                for name, split in splits.items()
-            }
-            mean, std = channel_statistics(splits["train"].images)
-            train_batches = TrainBatches(
-                num_examples=source.num_examples["train"],
+        config = self.config.data
+        if isinstance(self.source, data.TextSource):
+            return load_text(
+                self.source,
                 batch_size=config.batch_size,
-                seed=self.config.seed,
-                operations=data.parse_augment(config.augment),
-                padding=config.padding,
-                image_size=self._image_size,
-                mean=mean,
-                std=std,
+                sequence_length=config.sequence_length,
+                eval_streams=self.config.eval.batch_size,
+                eval_batch_size=eval_batch_size,
+                replicated=replicated(self.mesh),
             )
-            eval_batches = {
-                name: EvalBatches(
-                    count,
-                    min(eval_batch_size, -(-count // devices) * devices),
-                    self._image_size,
-                    mean,
-                    std,
-                )
-                for name, count in source.num_examples.items()
-            }
-        arrays = jax.device_put(arrays, replicated(self.mesh))
-        return Data(arrays, train_batches, eval_batches)
+        return load_images(
+            self.source,
+            keep=config.resident,
+            batch_size=config.batch_size,
+            eval_batch_size=eval_batch_size,
+            image_size=self._image_size,
+            operations=data.parse_augment(config.augment),
+            mean=config.mean,
+            std=config.std,
+            seed=self.config.seed,
+            num_steps=self.total_steps,
+            num_workers=config.workers,
+            skip_damaged=config.on_damaged == "skip",
+            replicated=replicated(self.mesh),
+            over_batch=over_batch(self.mesh),
+        )
 
     def mean_metrics(self, sums: MetricSums) -> dict[str, float | None]:
         """The metrics' means, on the host; for text also the perplexity, exp(loss)."""
@@ -151,15 +133,6 @@ class Experiment:
         return init_state(self.model, self.optimizer, self.example, self.config.seed, pretrained)
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """A data set's arrays on the devices, by split, and how batches are made of them."""
-
-    arrays: dict[str, Batch]
-    train_batches: TrainBatches | TextTrainBatches
-    eval_batches: dict[str, EvalBatches] | dict[str, TextEvalBatches]
-
-
 def make_experiment(config: ConfigDict) -> Experiment:
     """Validates a configuration and makes its objects; decodes and writes nothing.
 
@@ -169,9 +142,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
     """
     gnp_config.validate(config)
     mesh = make_mesh(config.mesh.data, batch_size=config.data.batch_size)
-    source = data.open_source(
-        config.data.name, config.data.data_dir, image_size=config.data.image_size
-    )
+    source = _open(config)
     num_examples, batch_size = source.num_examples["train"], config.data.batch_size
     examples_per_step = _examples_per_step(config, source)
     if examples_per_step > num_examples:
@@ -207,6 +178,30 @@ def make_experiment(config: ConfigDict) -> Experiment:
     return Experiment(config, source, model, optimizer, mesh, total_steps)
 
 
+def _open(config: ConfigDict) -> data.Source | data.TextSource:
+    """The data set, with the splits that the configuration names."""
+    fields = config.data
+    source = data.open_source(
+        fields.name, fields.data_dir, image_size=fields.image_size, resize=fields.resize
+    )
+    if isinstance(source, data.TextSource):
+        if (fields.train, fields.validation, fields.test) != ("train", None, None):
+            raise UserError(
+                f"{source.name} has its own splits ({', '.join(source.num_examples)}): leave "
+                "config.data.train, .validation and .test as they are"
+            )
+        return source
+    wanted = {"train": fields.train, "validation": fields.validation, "test": fields.test}
+    wanted["test"] = wanted["test"] or source.test_split
+    if not wanted["test"]:
+        raise UserError(
+            f"{source.name} in {source.where} has nothing to test on, only the split "
+            f"{', '.join(source.splits)!r}: set apart a part of it, as with "
+            "--config.data.train=train[:90%] --config.data.test=train[90%:]"
+        )
+    return source.select(**{name: part for name, part in wanted.items() if part})
+
+
 def _model_arguments(config: ConfigDict, source: data.Source | data.TextSource) -> dict[str, Any]:
     """What `models.create` is told beside the name."""
     size = None
@@ -234,21 +229,6 @@ def _model_arguments(config: ConfigDict, source: data.Source | data.TextSource) 
         "dtype": jnp.dtype(config.dtype),
         **overrides,
     }
-
-
-def _check_memory(source: data.Source, mesh: Mesh) -> None:
-    """Raises a `UserError` if the images do not fit into a device, where they are kept."""
-    device = mesh.devices.flat[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None:  # a CPU, whose memory is the machine's
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = sum(source.num_examples.values()) * math.prod(source.image_shape)
-    if size > 0.8 * limit:
-        raise UserError(
-            f"{source.name} takes {size / 1e9:.1f} GB at {source.image_shape[0]} pixels and is "
-            f"kept in memory whole, but {device.device_kind} has {limit / 1e9:.1f} GB; lower "
-            "config.data.image_size"
-        )
 
 
 def _examples_per_step(config: ConfigDict, source: data.Source | data.TextSource) -> int:

@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gnp.config import difference, from_json
+from gnp.data import Source, TextSource
 from gnp.errors import UserError
 from gnp.training.checkpoint import Checkpoints
 from gnp.training.evaluation import make_evaluate
@@ -46,7 +47,6 @@ class _Dispatched:
     num_steps: int
     sums: MetricSums
     log: bool
-    evaluated: dict[str, MetricSums] | None
 
 
 def train(
@@ -81,6 +81,7 @@ def train(
     pretrained = None if _has_checkpoint(workdir) else experiment.load_pretrained()
     _claim(workdir, config)
     with lock(workdir):
+        _check_data(workdir, experiment.source)
         return _train(experiment, workdir, pretrained, command)
 
 
@@ -111,25 +112,28 @@ def _train(
     train_step = make_train_step(
         experiment.model, experiment.optimizer, seed=config.seed, log_every=log_every
     )
-    max_steps = min(config.steps_per_call, total_steps)
+    max_steps = min(config.steps_per_call, total_steps, data.max_steps_per_call or total_steps)
     # Compiled ahead, so that the loop's first step is like any other.
     train_call = (
         make_train_call(train_step, data.train_batches, max_steps=max_steps, mesh=experiment.mesh)
-        .lower(state, data.arrays["train"], max_steps)
+        .lower(state, data.train_input(), max_steps)
         .compile()
     )
     evaluations = {
-        split: make_evaluate(experiment.model, batches, experiment.mesh, state, data.arrays[split])
-        for split, batches in data.eval_batches.items()
+        split: make_evaluate(experiment.model, data, split, experiment.mesh, state)
+        for split in data.eval_batches
         if split != "train"
     }
 
     progress = Progress(
         total_steps=total_steps, steps_per_epoch=experiment.steps_per_epoch, step=step
     )
-    progress.say(_summary(experiment, num_params(state.params), time.monotonic() - began, step))
+    progress.say(
+        _summary(experiment, data.about, num_params(state.params), time.monotonic() - began, step)
+    )
     wall_time_before = writer.wall_time
-    training_seconds, training_steps = 0.0, 0
+    training_seconds, training_steps, waited = 0.0, 0, 0.0
+    saved_step = step
     device_free = time.monotonic()
     seconds_per_step = CALL_SECONDS  # not known before the first call, which is of one step
 
@@ -144,64 +148,85 @@ def _train(
         writer.write(row)
         return row
 
-    def finish(call: _Dispatched) -> None:
+    def finish(call: _Dispatched) -> list[Row]:
         """Waits for a call and writes what it has to say."""
-        nonlocal training_seconds, training_steps, device_free, seconds_per_step
+        nonlocal training_seconds, training_steps, waited, device_free, seconds_per_step
         jax.block_until_ready(call.sums)
         now = time.monotonic()
         training_seconds += now - device_free
         training_steps += call.num_steps
         seconds_per_step = (now - device_free) / call.num_steps
+        device_free = now
         rows = []
         if call.log:
             rate = training_steps * experiment.examples_per_step / training_seconds
             values = experiment.mean_metrics(call.sums) | {f"{unit}s_per_second": rate}
+            if data.max_steps_per_call is not None:
+                values["data_wait"] = (feed.waited - waited) / training_seconds
             rows.append(write("train", call.step, values))
-            training_seconds, training_steps = 0.0, 0
-        if call.evaluated is not None:
-            for split, sums in call.evaluated.items():
-                rows.append(write(split, call.step, experiment.mean_metrics(sums)))
-            now = time.monotonic()
-        progress.show(call.step, rows)
-        device_free = now
+            training_seconds, training_steps, waited = 0.0, 0, feed.waited
+        return rows
+
+    def evaluate() -> list[Row]:
+        """Evaluates the state and writes what comes out."""
+        nonlocal device_free
+        rows = [
+            write(split, step, experiment.mean_metrics(over_split(state)))
+            for split, over_split in evaluations.items()
+        ]
+        device_free = time.monotonic()
+        return rows
 
     def save() -> None:
-        nonlocal device_free
+        nonlocal device_free, saved_step
         writer.sync()
         checkpoints.save(step, state)
+        saved_step = step
         device_free = time.monotonic()
 
-    with contextlib.closing(progress), contextlib.closing(writer), _stop_requests() as stop:
+    with (
+        contextlib.closing(progress),
+        contextlib.closing(writer),
+        contextlib.closing(data.train_feed(step)) as feed,
+        _stop_requests() as stop,
+    ):
         # The device always has the next call to do while the host writes what the last one did.
         waiting: _Dispatched | None = None
-        while step < total_steps:
-            longest = min(max_steps, max(int(CALL_SECONDS / seconds_per_step), 1))
-            until = min(
-                step + longest,
-                total_steps,
-                *((step // every + 1) * every for every in (log_every, eval_every, save_every)),
-            )
-            num_steps, step = until - step, until
-            state, sums = train_call(state, data.arrays["train"], num_steps)
-            last = step == total_steps
-            evaluated = None
-            if last or step % eval_every == 0:
-                evaluated = {
-                    split: evaluate(state, data.arrays[split])
-                    for split, evaluate in evaluations.items()
-                }
+        try:
+            while step < total_steps:
+                longest = min(max_steps, max(int(CALL_SECONDS / seconds_per_step), 1))
+                until = min(
+                    step + longest,
+                    total_steps,
+                    *((step // every + 1) * every for every in (log_every, eval_every, save_every)),
+                )
+                inputs = feed.get(waiting and waiting.sums)
+                num_steps, step = until - step, until
+                state, sums = train_call(state, inputs, num_steps)
+                if waiting is not None:
+                    progress.show(waiting.step, finish(waiting))
+                last = step == total_steps
+                waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0)
+                stopping = stop.is_set()  # read once: what is then raised must have been saved
+                evaluating = last or step % eval_every == 0
+                saving = last or step % save_every == 0 or stopping
+                if evaluating or saving:
+                    rows, waiting = finish(waiting), None
+                    if evaluating:
+                        rows += evaluate()
+                    progress.show(step, rows)
+                if saving:
+                    save()
+                if stopping and not last:
+                    raise Interrupted(step, total_steps)
+        except UserError:  # of the data; what has been learned is kept
             if waiting is not None:
-                finish(waiting)
-            waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0, evaluated)
-            stopping = stop.is_set()  # read once: what is then raised must have been saved
-            if last or step % save_every == 0 or stopping:
-                finish(waiting)
-                waiting = None
+                progress.show(step, finish(waiting))
+            if step != saved_step:
                 save()
-            if stopping and not last:
-                checkpoints.close()
-                raise Interrupted(step, total_steps)
-        checkpoints.close()
+            raise
+        finally:
+            checkpoints.close()
         result = {
             "steps": total_steps,
             "epochs": total_steps / experiment.steps_per_epoch,
@@ -226,20 +251,43 @@ def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
         if path.exists():
             # A field that an older version did not have is at its default.
             there = from_json(path.read_text(), where=str(path))
-            changed = difference(there.to_dict(), config.to_dict())
+            changed = difference(_essential(there), _essential(config))
             metrics = workdir / "metrics.jsonl"
             logged = metrics.exists() and metrics.stat().st_size
-            if changed and not logged and not _has_checkpoint(workdir):
-                write_atomically(path, text + "\n")  # that run never made a step worth keeping
-            elif changed:
+            begun = logged or _has_checkpoint(workdir)  # else it made no step worth keeping
+            if changed and begun:
                 raise UserError(
                     f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
                     "choose another --workdir, or the same configuration to continue it"
                 )
-        else:
-            write_atomically(path, text + "\n")
+        write_atomically(path, text + "\n")
     except OSError as error:
         raise UserError(f"cannot write the work directory {workdir}: {error.strerror}") from None
+
+
+def _essential(config: ConfigDict) -> dict[str, Any]:
+    """A configuration without what a run may be continued with another value of."""
+    fields = config.to_dict()
+    for name in ("workers", "on_damaged"):
+        del fields["data"][name]
+    return fields
+
+
+def _check_data(workdir: pathlib.Path, source: Source | TextSource) -> None:
+    """Notes what data the run learns from, or refuses others than it began with."""
+    path = workdir / "data.json"
+    here = {
+        "name": source.name,
+        "num_examples": dict(source.num_examples),
+        "num_classes": source.num_classes,
+    }
+    there = json.loads(path.read_text()) if path.exists() else here
+    if there != here and _has_checkpoint(workdir):
+        raise UserError(
+            f"{workdir} holds a run on other data ({json.dumps(there)} there, {json.dumps(here)} "
+            "now): bring them back, or choose another --workdir"
+        )
+    write_atomically(path, json.dumps(here, indent=2) + "\n")
 
 
 def _has_checkpoint(workdir: pathlib.Path) -> bool:
@@ -272,13 +320,13 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _summary(experiment: Experiment, params: int, seconds: float, step: int) -> str:
+def _summary(experiment: Experiment, about: str, params: int, seconds: float, step: int) -> str:
     source = experiment.source
     counts = ", ".join(f"{count:,} {split}" for split, count in source.num_examples.items())
     begin = f"continues at step {step}" if step else "begins at step 0"
     return (
         f"{experiment.config.model.name} ({params:,} parameters) on {source.name} "
-        f"({counts} {source.unit}s), "
+        f"({counts} {source.unit}s), {about}, "
         f"{_devices(experiment)}; ready in {seconds:.1f} s; {begin} of {experiment.total_steps}"
     )
 

@@ -78,6 +78,7 @@ class Progress:
         ("ratio", "ratio", ".3g"),
         ("images_per_second", "images/s", ",.0f"),
         ("words_per_second", "words/s", ",.0f"),
+        ("data_wait", "waiting for data", ".0%"),
     )
 
     def __init__(self, *, total_steps: int, steps_per_epoch: float, step: int):

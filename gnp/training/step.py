@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gnp.data.pipeline import Batch, TrainBatches
-from gnp.data.text import TextTrainBatches
+from gnp.data.pipeline import Batch
 from gnp.training.optimizer import Optimizer
 from gnp.training.sharding import over_batch, replicated
 from gnp.training.state import MetricSums, TrainState, add_metrics
@@ -114,12 +113,14 @@ def _merge(tree: Any, replacement: Any) -> Any:
 
 def make_train_call(
     train_step: Callable[[TrainState, Batch], TrainState],
-    batches: TrainBatches | TextTrainBatches,
+    batches: Any,
     *,
     max_steps: int,
     mesh: Mesh,
 ) -> jax.stages.Wrapped:
     """Compiles up to `max_steps` train steps into one call, `(state, data, num_steps)`.
+
+    The batches are those of a `gnp.data.loading.Data`, `data` is what its feed gives.
 
     `num_steps` is not a constant of the program: calls of every length run the same compiled
     step, so nothing is compiled twice and results do not depend on where calls end. With
@@ -148,10 +149,26 @@ def make_train_call(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """−log softmax(logits)[label] of each example: float32[B], or [B, T] of words."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    """−Σ_k p_k log softmax(logits)_k of each example: float32[B], or [B, T] of words.
+
+    Args:
+      logits: [B, K], or [B, T, K].
+      labels: whole numbers, where p is 1 for the label and 0 for all others; or p itself,
+        float[B, K].
+    """
+    logits = logits.astype(jnp.float32)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return optax.softmax_cross_entropy(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def misclassified(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """1 where the largest logit is not the label's, else 0: float32[B], or [B, T] of words."""
+    """1 where the largest logit is not the (most probable) label's, else 0: float32[B] or [B, T].
+
+    Args:
+      logits: [B, K], or [B, T, K].
+      labels: as of `cross_entropy`.
+    """
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        labels = labels.argmax(axis=-1)
     return (logits.argmax(axis=-1) != labels).astype(jnp.float32)

@@ -6,13 +6,18 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gnp.data.pipeline import EvalBatches, TrainBatches, channel_statistics, normalise
+from gnp.data.augment import parse_augment
+from gnp.data.pipeline import EvalBatches, Preprocessing, TrainBatches, normalise
 
 MEAN, STD = np.array([0.4, 0.5, 0.6]), np.array([0.2, 0.3, 0.4])
 
 
-def train_batches(num_examples, batch_size, seed=0, operations=(), size=4):
-    return TrainBatches(num_examples, batch_size, seed, operations, 1, size, MEAN, STD)
+def preprocessing(augment="none", size=4, seed=0):
+    return Preprocessing(parse_augment(augment), size, 10, MEAN, STD, seed)
+
+
+def train_batches(num_examples, batch_size, seed=0, **kwargs):
+    return TrainBatches(num_examples, batch_size, seed, preprocessing(seed=seed, **kwargs))
 
 
 sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
@@ -66,7 +71,7 @@ def test_augmentation_follows_the_step():
         "image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3)), jnp.uint8),
         "label": jnp.zeros(64, jnp.int32),
     }
-    batches = train_batches(64, 64, operations=("pad_crop", "flip"))
+    batches = train_batches(64, 64, augment="pad_crop:1,flip", size=8)
     indices = jnp.arange(64)
     a, again, b = (batches.batch(data, indices, jnp.int32(i))["input"] for i in (3, 3, 4))
     np.testing.assert_array_equal(a, again)
@@ -80,7 +85,7 @@ def test_evaluation_counts_every_example_once(num_examples, batch_size):
         "image": jnp.zeros((num_examples, 1, 1, 3), jnp.uint8),
         "label": jnp.arange(num_examples),
     }
-    batches = EvalBatches(num_examples, batch_size, 1, MEAN, STD)
+    batches = EvalBatches(num_examples, batch_size, preprocessing(size=1))
     seen = np.zeros(num_examples)
     for i in range(batches.num_batches):
         batch = batches.batch(data, jnp.int32(i))
@@ -89,12 +94,27 @@ def test_evaluation_counts_every_example_once(num_examples, batch_size):
     np.testing.assert_array_equal(seen, 1)
 
 
-def test_channel_statistics_are_numpys():
+def test_damaged_examples_are_learned_from_in_their_substitutes_class_and_not_evaluated():
+    labels = jnp.array([3, ~jnp.int32(4), 5, ~jnp.int32(0)])
+    data = {"image": jnp.zeros((4, 4, 4, 3), jnp.uint8), "label": labels}
+    batch = train_batches(4, 4).batch(data, jnp.arange(4), jnp.int32(0))
+    np.testing.assert_array_equal(batch["label"], [3, 4, 5, 0])
+    batch = EvalBatches(4, 6, preprocessing()).batch(data, jnp.int32(0))
+    np.testing.assert_array_equal(batch["weight"], [1, 0, 1, 0, 0, 0])
+    assert (batch["label"] >= 0).all() and (batch["label"] < 10).all()
+
+
+def test_normalised_images_have_mean_0_and_deviation_1():
     images = np.random.default_rng(0).integers(0, 200, (50, 7, 5, 3)).astype(np.uint8)
-    images[..., 2] = 9
-    mean, std = channel_statistics(images)
-    np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(std[:2], (images / 255).std((0, 1, 2))[:2], rtol=1e-10)
-    assert std[2] == 1, "a channel that does not vary must not be divided by zero"
-    normal = normalise(jnp.asarray(images), mean, std)
+    mean, std = (images / 255).mean((0, 1, 2)), (images / 255).std((0, 1, 2))
+    normal = np.asarray(normalise(jnp.asarray(images), mean, std), np.float64)
     np.testing.assert_allclose(normal.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(normal.std((0, 1, 2)), 1, atol=1e-5)
+
+
+def test_labels_are_mixed_where_an_operation_does():
+    data = {"image": jnp.zeros((8, 4, 4, 3), jnp.uint8), "label": jnp.arange(8)}
+    batches = train_batches(8, 8, augment="label_smoothing:0.1")
+    batch = batches.batch(data, jnp.arange(8), jnp.int32(0))
+    expected = 0.9 * np.eye(10)[:8] + 0.01
+    np.testing.assert_allclose(batch["label"], expected, rtol=1e-6)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from gnp import models, transforms
+from gnp.data.loading import ResidentData
 from gnp.data.text import TextEvalBatches, TextTrainBatches
 from gnp.training.evaluation import make_evaluate, make_grad_norm
 from gnp.training.optimizer import Optimizer
@@ -95,8 +96,9 @@ def test_evaluation_is_one_pass_over_each_stream(num_streams, devices):
     mesh = make_mesh(devices, batch_size=8)
     rows = num_streams if devices == 1 else 8
     batches = TextEvalBatches(len(TEXT), num_streams, 4, rows)
-    placed = jax.device_put((state, {"word": TEXT}), replicated(mesh))
-    sums = make_evaluate(model, batches, mesh, *placed)(*placed)
+    state, arrays = jax.device_put((state, {"word": TEXT}), replicated(mesh))
+    arguments = model, ResidentData({"a": arrays}, None, {"a": batches}, ""), "a", mesh, state
+    sums = make_evaluate(*arguments)(state)
 
     losses, wrong = [], []
     for words, labels in zip(
@@ -111,4 +113,4 @@ def test_evaluation_is_one_pass_over_each_stream(num_streams, devices):
     assert len(losses) == 100 == batches.num_examples
     assert mean_metrics(sums)["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert mean_metrics(sums)["error"] == pytest.approx(np.mean(wrong), abs=1e-6)
-    assert np.isfinite(make_grad_norm(model, batches, mesh)(*placed))
+    assert np.isfinite(make_grad_norm(*arguments)(state))

@@ -25,7 +25,7 @@ from gnp.training.metrics import MetricsWriter, Progress
 def make_config(**fields):
     config = gnp_config.default()
     config.model.update({"width": 12, "depth": 1, "num_heads": 2})
-    config.data.update({"batch_size": 100, "augment": "pad_crop", "padding": 1})
+    config.data.update({"batch_size": 100, "augment": "pad_crop:1"})
     config.epochs = 2.0  # 1437 / 100 examples: 29 steps
     config.lr.update({"base": 3e-3, "warmup": "50%"})
     config.gr.update({"policy": "zero"})

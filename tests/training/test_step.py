@@ -8,7 +8,9 @@ import optax
 import pytest
 
 from gnp import models, transforms
-from gnp.data.pipeline import EvalBatches, TrainBatches
+from gnp.data.augment import parse_augment
+from gnp.data.loading import ResidentData
+from gnp.data.pipeline import EvalBatches, Preprocessing, TrainBatches
 from gnp.training.evaluation import make_evaluate, make_grad_norm
 from gnp.training.optimizer import Optimizer
 from gnp.training.sharding import make_mesh, over_batch, replicated
@@ -16,6 +18,9 @@ from gnp.training.state import mean_metrics
 from gnp.training.step import init_state, make_train_call, make_train_step
 
 SHAPE = (8, 8, 1)
+PREPROCESSING = Preprocessing(
+    parse_augment("pad_crop:1"), 8, 3, np.array([0.5]), np.array([0.2]), seed=0
+)
 LR = 0.1
 
 
@@ -147,7 +152,7 @@ def run_calls(data, lengths, devices=1):
     """Train steps in calls of the given lengths; the state and the compiled call."""
     model, optimizer = tiny(dropout=0.1), make_optimizer(0.1, 0.5)
     mesh = make_mesh(devices, batch_size=16)
-    batches = TrainBatches(50, 16, 0, ("pad_crop",), 1, 8, np.array([0.5]), np.array([0.2]))
+    batches = TrainBatches(50, 16, 0, PREPROCESSING)
     step = make_train_step(model, optimizer, seed=0, log_every=4)
     call = make_train_call(step, batches, max_steps=6, mesh=mesh)
     data = jax.device_put(data, replicated(mesh))
@@ -199,7 +204,7 @@ def test_evaluation_is_numpys_at_any_batch_size(data, batch_size, devices):
     model, optimizer = tiny(), make_optimizer()
     mesh = make_mesh(devices, batch_size=8)
     batch_size = -(-batch_size // devices) * devices
-    batches = EvalBatches(50, batch_size, 8, np.array([0.5]), np.array([0.2]))
+    batches = EvalBatches(50, batch_size, PREPROCESSING)
     state = init(model, optimizer)
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(5), (8, 3))
     images = ((data["image"] / 255 - 0.5) / 0.2).astype(np.float32)
@@ -209,7 +214,8 @@ def test_evaluation_is_numpys_at_any_batch_size(data, batch_size, devices):
         return -jax.nn.log_softmax(logits)[jnp.arange(50), data["label"]].mean()
 
     state, arrays = jax.device_put((state, data), replicated(mesh))
-    values = mean_metrics(make_evaluate(model, batches, mesh, state, arrays)(state, arrays))
+    arguments = model, ResidentData({"a": arrays}, None, {"a": batches}, ""), "a", mesh, state
+    values = mean_metrics(make_evaluate(*arguments)(state))
     params = jax.device_get(state.params)
     logits = jax.jit(model.apply)({"params": params}, images)
     errors = np.asarray(logits).argmax(1) != data["label"]
@@ -217,7 +223,7 @@ def test_evaluation_is_numpys_at_any_batch_size(data, batch_size, devices):
     np.testing.assert_allclose(values["loss"], mean_loss(params), rtol=1e-5)
     grads = jax.jit(jax.grad(mean_loss))(params)
     expected = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads)))
-    norm = make_grad_norm(model, batches, mesh)(state, arrays)
+    norm = make_grad_norm(*arguments)(state)
     np.testing.assert_allclose(norm, expected, rtol=1e-5)
 
 
