@@ -35,6 +35,7 @@ from jax import lax
 from gnp import models
 from gnp.command_line import Parser, run
 from gnp.errors import unknown
+from gnp.memory import keep_freed_memory
 from gnp.models import cait, densenet, googlenet, lstm, resnet, swin, vit
 
 TARGET = 1.03  # of ours over bare
@@ -411,7 +412,7 @@ def main() -> int:
     if sizes["family"] not in (None, *FAMILIES):
         raise unknown("family", sizes["family"], FAMILIES)
 
-    benchmark.keep_freed_memory()
+    keep_freed_memory()
     jax.config.update("jax_enable_compilation_cache", False)
     with benchmark.opened(sizes.get("json")) as file:
         print(f"{jax.devices()[0].device_kind}, batch {sizes['batch_size']}", flush=True)

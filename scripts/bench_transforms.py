@@ -25,6 +25,7 @@ from benchmark import Row
 
 from gnp import models, transforms
 from gnp.command_line import Parser, run
+from gnp.memory import keep_freed_memory
 
 RADIUS, RATE, DECAY = 0.1, 1e-3, 5e-4
 WARMUP_STEPS = 10**9  # of zero-warmup: no measurement comes to its end
@@ -164,7 +165,7 @@ def main() -> int:
         {"rounds": 9, "seconds": 0.3, "batch_size": 32, "width": 64, "depth": 4, "num_heads": 2},
     )
 
-    benchmark.keep_freed_memory()
+    keep_freed_memory()
     overrides = {name: sizes[name] for name in ("width", "depth", "num_heads") if name in sizes}
     model = models.create("vit_ti", 10, image_size=32, **overrides)
     key = jax.random.key(0)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import json
 import pathlib
 import statistics
@@ -22,22 +21,36 @@ class Row(NamedTuple):
     unit: str
     spread: tuple[float, float] | None = None  # quartiles
     target: float | None = None  # the most that `value` may be
+    at_least: bool = False  # the target is the least that it may be
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is."""
+        assert self.target is not None
+        return self.value >= self.target if self.at_least else self.value <= self.target
 
     def as_json(self) -> dict[str, Any]:
         """Name, value and unit; target and whether it is met where there is one."""
         row: dict[str, Any] = {"name": self.name, "value": self.value, "unit": self.unit}
         if self.target is not None:
-            row |= {"target": self.target, "met": self.value <= self.target}
+            row |= {"target": self.target, "met": self.met}
         return row
 
 
-def row(name: str, values: list[float], unit: str, target: float | None = None) -> Row:
+def row(
+    name: str,
+    values: list[float],
+    unit: str,
+    target: float | None = None,
+    *,
+    at_least: bool = False,
+) -> Row:
     """The median, and the quartiles where there is more than one value."""
     spread = None
     if len(values) > 1:
         low, _, high = statistics.quantiles(values, method="inclusive")
         spread = (low, high)
-    return Row(name, statistics.median(values), unit, spread, target)
+    return Row(name, statistics.median(values), unit, spread, target, at_least)
 
 
 class Timed(Protocol):
@@ -71,7 +84,8 @@ def table(rows: Iterable[Row]) -> str:
         spread = f"[{r.spread[0]:.3f}, {r.spread[1]:.3f}]" if r.spread else ""
         end = ""
         if r.target is not None:
-            end = f"  target {r.target:g}: {'met' if r.value <= r.target else 'missed'}"
+            least = "at least " if r.at_least else ""
+            end = f"  target {least}{r.target:g}: {'met' if r.met else 'missed'}"
         lines.append(f"{r.name:50s} {r.value:10.3f}  {spread:22s} {r.unit}{end}")
     return "\n".join(lines)
 
@@ -119,12 +133,3 @@ def report(rows: list[Row], file: TextIO | None) -> None:
     if file is not None:
         file.writelines(json.dumps(r.as_json(), ensure_ascii=False) + "\n" for r in rows)
         file.flush()
-
-
-def keep_freed_memory() -> None:
-    """Has glibc, where there is one, keep what is freed in place of returning it to the system."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
-        for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
-            mallopt(option, value)
