@@ -63,7 +63,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.name = arguments.data
     config.data.batch_size = 128
     config.data.augment = "basic"
-    config.data.padding = 4
 
     config.optimizer.name = arguments.optimizer
     config.lr.base = rate

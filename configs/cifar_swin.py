@@ -49,7 +49,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.name = arguments.data
     config.data.batch_size = 256
     config.data.augment = "basic"
-    config.data.padding = 4
 
     config.optimizer.name = arguments.optimizer
     config.lr.base = 1e-3

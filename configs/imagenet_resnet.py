@@ -14,9 +14,9 @@ and 60. Ours, since the text at hand leaves it open: λ = 1e-4 for l2 and for sc
 for decoupled decay 0.1 (1e-4 with SGD), which is as strong by linear scaling. With gr, 5 epochs are
 a warmup of the rate, and r = 0.1.
 
-The images are kept in memory at 256 × 256 pixels: 262 GB for all of ImageNet, which few machines
-have; what fits (a part of it, prepared by TFDS under its name) trains as it is. This recipe has
-been run on a few generated images only.
+The data are TensorFlow Datasets' imagenet2012, or --config.data.name=imagenet: the folders train/
+and val/. They are streamed, unless they fit into memory. This recipe has been run on a few
+generated images only.
 """
 
 from ml_collections import ConfigDict
@@ -41,6 +41,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.image_size = 224
     config.data.batch_size = 256
     config.data.augment = "random_resized_crop,flip"
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
 
     config.optimizer.name = arguments.optimizer
     config.lr.base = 0.1 if sgd else 1e-3

@@ -137,6 +137,7 @@ def comparable(workdir):
     return rows, json.loads((workdir / "result.json").read_text())["params_sha256"]
 
 
+@pytest.mark.slow
 def test_killed_interrupted_and_continued_is_bit_for_bit_the_run_that_was_not(tmp_path):
     flags = [
         *(*TINY, "--config.epochs=60", "--config.data.batch_size=50", "--config.log.every=10st"),

@@ -39,7 +39,8 @@ CASES = [
 def test_headers_name_commands_and_choices():
     assert {path.name for path in FILES} >= {
         *("digits.py", "cifar_vit.py", "cifar_swin.py", "cifar_cait.py", "cifar_cnn.py"),
-        *("ptb_lstm.py", "imagenet_swin.py", "imagenet_resnet.py"),
+        *("ptb_lstm.py", "imagenet_swin.py", "imagenet_resnet.py", "imagenet_vit.py"),
+        *("tiny_imagenet_vit.py", "folder.py"),
     }
     for path in FILES:
         assert f"python -m gnp.train --config=configs/{path.name}" in header(path), path
@@ -63,6 +64,7 @@ def test_a_recipe(path, argument):
         for key, value in config.model.items()
         if value is not None and key not in ("name", "pretrained")
     }
-    size = config.data.image_size or {"digits": 8, "ptb": None}.get(config.data.name, 32)
+    sizes = {"digits": 8, "ptb": None, "tiny_imagenet": 64}
+    size = config.data.image_size or sizes.get(config.data.name, 32)
     models.create(config.model.name, 10, image_size=size, **overrides)
     optimizers.build(config, steps_per_epoch=100.0, total_steps=round(config.epochs * 100))
