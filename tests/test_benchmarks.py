@@ -107,6 +107,7 @@ STREAMED = f"JPEGs streamed / ({default_num_workers()} x Pillow in a loop)"
                 "small ViT: the pipeline's share of a step": 3.0,
             },
             id="data",
+            marks=pytest.mark.slow,  # images are written, workers started
         ),
         pytest.param(
             "heavy,calls",

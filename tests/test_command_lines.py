@@ -206,6 +206,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
     assert b"14/14" in shown and b"test error" in shown
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_that_diverged(tmp_path):
     flags = [*TINY, "--config.epochs=1", "--config.optimizer.name=sgd", "--config.lr.base=1e30"]
     done = train(tmp_path, *flags)

@@ -178,6 +178,7 @@ def streamed(folder, **fields):
     return config
 
 
+@pytest.mark.slow
 def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path, monkeypatch):
     """With another number of workers before and after, down to the bits."""
     whole = train(streamed(data / "folder"), tmp_path / "whole")
@@ -205,7 +206,7 @@ def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path
     assert values["train"]["num_examples"] == 24
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
 def test_a_damaged_file_stops_the_run_and_nothing_is_lost(split, tmp_path):
     """It is named, what was learned is saved, and the run goes on when the file is mended.
 
@@ -249,6 +250,7 @@ def test_what_may_change_when_a_run_is_continued(data, tmp_path):
         train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_left_out(tmp_path, caplog):
     root = write_folder(tmp_path / "data")
     (root / "train" / "n01" / "7.JPEG").write_bytes(b"no image")

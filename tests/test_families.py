@@ -45,7 +45,7 @@ def test_every_family_is_here():
     "family",
     # These take the longest to compile.
     [
-        pytest.param(f, marks=pytest.mark.slow if f in ("googlenet", "cait", "swin") else ())
+        pytest.param(f, marks=pytest.mark.slow if f not in ("vit", "resnet", "lstm") else ())
         for f in FAMILIES
     ],
 )
@@ -85,7 +85,11 @@ def test_an_epoch(family, data_dir, tmp_path, monkeypatch, capsys):
     ("config", "sizes"),
     [
         ("imagenet_resnet.py:model=resnet18", ["width=4", "depths=1,1"]),
-        ("imagenet_swin.py:gr=off", ["width=8", "depths=2", "num_heads=2"]),
+        pytest.param(
+            "imagenet_swin.py:gr=off",
+            ["width=8", "depths=2", "num_heads=2"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_imagenet_in_its_format(config, sizes, tmp_path, monkeypatch):

@@ -162,6 +162,7 @@ def test_forward_against_numpy():
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing():
     """Loss and gradients in training, from the same weights and key."""
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
