@@ -29,6 +29,7 @@ _REMOVED = ("data.padding",)  # fields that older configurations have
 DATA_RESIDENT = ("auto", "true", "false")
 DATA_ON_DAMAGED = ("stop", "skip")
 GR_POLICIES = ("off", "none", "r", "lambda", "zero")
+GR_ESTIMATORS = ("finite_difference", "exact")
 
 
 def default() -> ConfigDict:
@@ -44,6 +45,7 @@ def default() -> ConfigDict:
             "epochs": 80.0,
             "dtype": "float32",  # of the model's arithmetic; parameters, logits, loss: float32
             "steps_per_call": 16,  # at most so many steps run in one call of the compiled program
+            "accumulate": 1,  # parts that a batch is gone through in, to save memory
             "clip_norm": placeholder(float),  # the global norm that gradients are clipped to
             "model": {
                 "name": "vit_ti",
@@ -96,8 +98,10 @@ def default() -> ConfigDict:
                 "decay": 0.9,  # rmsprop
                 "momentum": 0.9,  # sgd
                 "nesterov": False,  # sgd
+                "freeze": (),  # patterns of parameters that stay as they are, as patch_embed,pos
             },
-            "weight_decay": {"kind": "none", "value": 0.0},
+            # exclude: patterns of parameters without decay, as bias,norm
+            "weight_decay": {"kind": "none", "value": 0.0, "exclude": ()},
             "lr": {
                 "base": 1e-3,
                 "schedule": "cosine",
@@ -108,14 +112,24 @@ def default() -> ConfigDict:
                 "drop_factor": 0.1,
                 "restart_period": "14ep",  # restarts: T_0
                 "restart_multiplier": 2,  # restarts: T_mult
+                "multipliers": (),  # of parameters' rates, PATTERN=FACTOR, as head=10
+                "layer_decay": placeholder(float),  # of a layer's rate for each layer above it
             },
             "gr": {
                 "policy": "off",
                 "radius": 0.1,  # r
                 "ratio": 1.0,  # lambda / r
                 "warmup": placeholder(str),
+                "num_groups": placeholder(int),  # parts of a batch with own perturbations
+                "estimator": "finite_difference",  # finite_difference, exact
             },
-            "mesh": {"data": -1},  # devices that share a batch; -1: all there are
+            "ema": {"decay": placeholder(float)},  # average of the parameters, as 0.9999
+            "mesh": {
+                "data": -1,  # devices that have all parameters and a part of the batch; -1: all
+                "fsdp": 1,  # devices that have a part of the parameters and a part of the batch
+                "min_size": 65536,  # elements of an array that is divided over fsdp
+                "rules": (),  # PATTERN=AXIS or PATTERN=none: how parameters are divided instead
+            },
             "checkpoint": {"every": "10ep", "keep": 2},
             "log": {"every": "1ep"},
             "eval": {"every": "1ep", "batch_size": 256},
@@ -327,6 +341,7 @@ def validate(config: ConfigDict) -> None:
         "lr.schedule": LR_SCHEDULES,
         "lr.warmup_kind": LR_WARMUPS,
         "gr.policy": GR_POLICIES,
+        "gr.estimator": GR_ESTIMATORS,
     }.items():
         if fields[field] not in valid:
             raise unknown(f"config.{field}", fields[field], valid)
@@ -355,6 +370,7 @@ def validate(config: ConfigDict) -> None:
         require(field, lambda x: x > 0, "above 0")
     for field in (
         *("steps_per_call", "data.batch_size", "eval.batch_size", "checkpoint.keep"),
+        *("accumulate", "gr.num_groups", "mesh.fsdp", "mesh.min_size"),
         *("model.patch_size", "model.width", "model.depth", "model.num_heads"),
         *("model.window_size", "model.class_depth", "model.batch_norm_groups"),
         *("model.growth_rate", "model.embedding_size", "model.hidden_size"),
@@ -370,10 +386,10 @@ def validate(config: ConfigDict) -> None:
         require(field, lambda x: x >= 0, "0 or more")
     for field in (
         *("optimizer.b1", "optimizer.b2", "optimizer.decay", "optimizer.momentum"),
-        *("model.dropout", "model.stochastic_depth"),
+        *("model.dropout", "model.stochastic_depth", "ema.decay"),
     ):
         require(field, lambda x: 0 <= x < 1, "at least 0 and below 1")
-    for field in ("lr.warmup_factor", "lr.drop_factor"):
+    for field in ("lr.warmup_factor", "lr.drop_factor", "lr.layer_decay"):
         require(field, lambda x: 0 < x <= 1, "above 0 and at most 1")
     for field, least in (("data.mean", 0.0), ("data.std", 1e-6)):
         if config.data[field.removeprefix("data.")] is not None:
@@ -404,6 +420,18 @@ def validate(config: ConfigDict) -> None:
             )
 
     gr, decay = config.gr, config.weight_decay
+    divisor = config.accumulate * (gr.num_groups or 1)
+    if config.data.batch_size % divisor:
+        raise UserError(
+            f"config.data.batch_size is {config.data.batch_size}, which does not divide into "
+            f"config.accumulate {config.accumulate} × config.gr.num_groups {gr.num_groups or 1} "
+            f"parts; use a multiple of {divisor}"
+        )
+    if gr.num_groups is not None and gr.policy == "off":
+        raise UserError(
+            f"config.gr.num_groups is {gr.num_groups} but config.gr.policy is 'off'; unset it with "
+            "--config.gr.num_groups=none, or choose a policy"
+        )
     if gr.policy != "off" and gr.ratio > 0 and not gr.radius:
         raise UserError(
             f"config.gr.ratio is {gr.ratio} but config.gr.radius is 0; set a radius (the paper "

@@ -72,7 +72,11 @@ def test_overrides_have_the_type_of_their_field(field, text, value):
     [
         ("gr.polcy", "zero", "unknown field 'config.gr.polcy'; did you mean 'config.gr.policy'?"),
         ("grr.policy", "zero", "did you mean 'config.gr'?"),
-        ("gr", "zero", "config.gr is a group; set one of its fields: policy"),
+        (
+            "gr",
+            "zero",
+            "config.gr is a group; set one of its fields: estimator, num_groups, policy",
+        ),
         ("seed.x", "1", "config.seed is a value, it has no field 'x'"),
         ("gr.radius", "big", "'big' is not a number"),
         ("seed", "1.5", "'1.5' is not a whole number"),

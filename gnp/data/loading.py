@@ -173,7 +173,7 @@ def load_text(
     """
     arrays = {split: {"word": words} for split, words in source.words.items()}
     return ResidentData(
-        arrays=jax.device_put(arrays, replicated),
+        arrays=_on_every_device(arrays, replicated),
         train_batches=TextTrainBatches(source.num_examples["train"], batch_size, sequence_length),
         eval_batches={
             split: TextEvalBatches(count, eval_streams, sequence_length, eval_batch_size)
@@ -258,7 +258,7 @@ def load_images(
         )
         arrays = {name: {"image": s.images, "label": s.labels} for name, s in splits.items()}
         return ResidentData(
-            arrays=jax.device_put(arrays, replicated),
+            arrays=_on_every_device(arrays, replicated),
             train_batches=TrainBatches(len(train.labels), batch_size, seed, preprocessing),
             eval_batches={
                 name: EvalBatches(count, eval_sizes[name], preprocessing)
@@ -285,8 +285,6 @@ def load_images(
         "image_shape": source.image_shape,
         "same_size": source.same_size,
         "skip_damaged": skip_damaged,
-        "process": jax.process_index(),
-        "num_processes": jax.process_count(),
     }
     num_workers = streaming.default_num_workers() if num_workers is None else num_workers
     if all(in_memory(records) for records in source.splits.values()):
@@ -298,10 +296,16 @@ def load_images(
             batch_size=batch_size,
             num_steps=num_steps,
             seed=seed,
+            rows=streaming.own_rows(over_batch, batch_size),
             **common,
         ),
         eval_readers={
-            name: streaming.EvalReader(records=records, batch_size=eval_sizes[name], **common)
+            name: streaming.EvalReader(
+                records=records,
+                batch_size=eval_sizes[name],
+                rows=streaming.own_rows(over_batch, eval_sizes[name]),
+                **common,
+            )
             for name, records in source.splits.items()
         },
         num_workers=num_workers,
@@ -315,9 +319,18 @@ def load_images(
     )
 
 
+def _on_every_device(arrays: Any, replicated: NamedSharding) -> Any:
+    """Puts arrays that every process has onto its devices; the processes do not compare them."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, replicated, lambda index: array)
+
+    return jax.tree.map(put, arrays)
+
+
 def _memory(replicated: NamedSharding) -> int:
     """Bytes that a data set on every device may come to on each."""
-    device = replicated.mesh.devices.flat[0]
+    device = min(replicated.addressable_devices, key=lambda device: device.id)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is not None:
         return int(limit)

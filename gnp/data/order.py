@@ -39,8 +39,10 @@ def example_at(seed: int, places: np.ndarray, num_examples: int) -> np.ndarray:
     return numbers.astype(np.int32)
 
 
-def traced_example_at(seed: int, places: jax.Array, num_examples: int) -> jax.Array:
-    """`example_at` in a compiled program: int32 places and examples."""
+def traced_example_at(
+    seed: jax.typing.ArrayLike, places: jax.Array, num_examples: int
+) -> jax.Array:
+    """`example_at` in a compiled program: int32 places and examples; the seed may be traced too."""
     keys = _round_keys(seed, (places // num_examples).astype(jnp.uint32))
     numbers = _network((places % num_examples).astype(jnp.uint32), keys, num_examples)
     numbers = jax.lax.while_loop(
@@ -65,9 +67,11 @@ def _network(numbers: Any, keys: list[Any], num_examples: int) -> Any:
     return high << np.uint32(low_bits) | low
 
 
-def _round_keys(seed: int, epochs: Any) -> list[Any]:
+def _round_keys(seed: Any, epochs: Any) -> list[Any]:
     """A key for each round, of each epoch's network."""
-    start = _mix(epochs + _mix(np.array([seed], np.uint32))[0])
+    traced = isinstance(seed, jax.Array)
+    seeds = seed.astype(jnp.uint32)[None] if traced else np.array([seed], np.uint32)
+    start = _mix(epochs + _mix(seeds)[0])
     return [_mix(start + np.uint32(i * 0x9E3779B9 & 0xFFFFFFFF)) for i in range(1, _ROUNDS + 1)]
 
 

@@ -42,6 +42,10 @@ _PR_SET_PDEATHSIG = 1  # the number of prctl's option
 class Reader(Protocol):
     """The batches of a split by number, in a process's own memory. It can be pickled."""
 
+    @property
+    def batch_size(self) -> int:
+        """The examples of a batch, of all processes together."""
+
     def __len__(self) -> int:
         """The number of batches."""
 
@@ -65,7 +69,7 @@ class TrainReader:
       num_steps: of the run.
       seed: of the order and of the crops.
       skip_damaged: whether damaged examples are left out.
-      process, num_processes: which rows of a batch are made here, B / num_processes of them.
+      rows: of a batch, which are made here; None for all.
     """
 
     records: Records
@@ -76,8 +80,7 @@ class TrainReader:
     num_steps: int
     seed: int
     skip_damaged: bool
-    process: int = 0
-    num_processes: int = 1
+    rows: tuple[int, ...] | None = None
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -91,7 +94,7 @@ class TrainReader:
 
     def __getitem__(self, step: int) -> HostBatch:
         # An example's place in the stream of all epochs determines what is drawn for it.
-        places = _rows(step, self.batch_size, self.process, self.num_processes)
+        places = _places(step, self.batch_size, self.rows)
         indices = example_at(self.seed, np.array(places), len(self.records)).tolist()
         decoders = [functools.partial(self._decode, place) for place in places]
         return _read(self.records, indices, decoders, skip_damaged=self.skip_damaged)
@@ -116,7 +119,7 @@ class EvalReader:
       image_shape, same_size: of the source.
       batch_size: B, over all processes.
       skip_damaged: whether damaged examples are left out.
-      process, num_processes: which rows of a batch are made here, B / num_processes of them.
+      rows: of a batch, which are made here; None for all.
     """
 
     records: Records
@@ -124,14 +127,13 @@ class EvalReader:
     same_size: bool
     batch_size: int
     skip_damaged: bool
-    process: int = 0
-    num_processes: int = 1
+    rows: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.records) // self.batch_size)
 
     def __getitem__(self, i: int) -> HostBatch:
-        places = _rows(i, self.batch_size, self.process, self.num_processes)
+        places = _places(i, self.batch_size, self.rows)
         present = [place for place in places if place < len(self.records)]
         decode = functools.partial(stored, shape=self.image_shape, same_size=self.same_size)
         read = present or [len(self.records) - 1]  # a process may have nothing but filling
@@ -145,11 +147,29 @@ class EvalReader:
         return batch | {"image": images, "label": labels}
 
 
-def _rows(i: int, batch_size: int, process: int, num_processes: int) -> range:
-    """The places of batch `i` that a process makes."""
-    rows = batch_size // num_processes
-    first = i * batch_size + process * rows
-    return range(first, first + rows)
+def _places(i: int, batch_size: int, rows: Sequence[int] | None) -> list[int]:
+    """The places of batch `i` that are made here."""
+    return [i * batch_size + row for row in (range(batch_size) if rows is None else rows)]
+
+
+def own_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
+    """The rows of a batch that lie on this process's devices, in ascending order."""
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for part in parts if part for row in range(batch_size)[part[0]]}))
+
+
+def _to_devices(
+    rows: np.ndarray, own: tuple[int, ...], batch_size: int, sharding: NamedSharding
+) -> jax.Array:
+    """A batch on the devices, of which this process has its `own` rows."""
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        first, stop, _ = index[0].indices(batch_size)
+        at = own.index(first)
+        return rows[at : at + stop - first]
+
+    return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
 
 
 def _read(
@@ -252,6 +272,7 @@ class StreamFeed:
         told: set[str],
     ) -> None:
         try:
+            own = own_rows(sharding, reader.batch_size)
             with iterate(reader, first, num_workers) as batches:
                 for batch in batches:
                     if self._closing.is_set():
@@ -267,8 +288,8 @@ class StreamFeed:
                     del batch
                     self._queue.put(
                         {
-                            name: jax.make_array_from_process_local_data(sharding, array)
-                            for name, array in rows.items()
+                            name: _to_devices(x, own, reader.batch_size, sharding)
+                            for name, x in rows.items()
                         }
                     )
                 self._queue.put(EOFError("there are no more batches"))

@@ -17,14 +17,16 @@ from gnp.data.pipeline import Batch
 from gnp.training.checkpoint import Checkpoints
 from gnp.training.experiment import make_experiment
 from gnp.training.sharding import over_batch, replicated
-from gnp.training.state import MetricSums, TrainState, finite
-from gnp.training.step import cross_entropy, misclassified
+from gnp.training.state import MetricSums, TrainState, finite, with_average
+from gnp.training.step import cross_entropy, scores
 
 
 def make_evaluate(
     model: nn.Module, data: Data, split: str, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState], MetricSums]:
-    """Compiles `state -> sums` of the loss and the error over all examples of a split.
+    """Compiles `state -> sums` of the loss and the errors over all examples of a split.
+
+    A state with an average of the parameters also gives their sums, as "ema_loss" and so on.
 
     A call for each batch, one after another without waiting for the devices: XLA's convolutions
     take 16 times as long in a loop on CPUs.
@@ -41,23 +43,26 @@ def make_evaluate(
     def add(state: TrainState, inputs: Batch, total: _Total, i: jax.Array) -> _Total:
         batch = jax.lax.with_sharding_constraint(batches.batch(inputs, i), over_batch(mesh))
         logits, carry = _logits(model, state, state.params, batch, total.carry)
+        values = scores(logits, batch["label"])
         return _Total(
             carry,
             total.num_examples + batch["weight"].sum(),
-            {
-                "loss": total.sums["loss"]
-                + jnp.sum(batch["weight"] * cross_entropy(logits, batch["label"])),
-                "error": total.sums["error"]
-                + jnp.sum(batch["weight"] * misclassified(logits, batch["label"])),
-            },
+            {name: s + jnp.sum(batch["weight"] * values[name]) for name, s in total.sums.items()},
         )
 
-    zeros = {"loss": jnp.zeros(()), "error": jnp.zeros(())}
+    def zeros(state: TrainState) -> Any:
+        names = ("loss", "error", "top5_error")
+        return {name: jnp.zeros(()) for name in names if name in state.metrics}
+
     over_split = _make_sum(add, zeros, model, data, split, mesh, state)
 
     def evaluate(state: TrainState) -> MetricSums:
         total = over_split(state)
-        return {name: (value, total.num_examples) for name, value in total.sums.items()}
+        sums = {name: (value, total.num_examples) for name, value in total.sums.items()}
+        if state.ema is not None:
+            total = over_split(with_average(state))
+            sums |= {f"ema_{name}": (s, total.num_examples) for name, s in total.sums.items()}
+        return sums
 
     return evaluate
 
@@ -84,7 +89,9 @@ def make_grad_norm(
         sums = jax.tree.map(jnp.add, total.sums, grads)
         return _Total(carry, total.num_examples + batch["weight"].sum(), sums)
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    def zeros(state: TrainState) -> Any:
+        return jax.tree.map(jnp.zeros_like, state.params)
+
     over_split = _make_sum(add, zeros, model, data, split, mesh, state)
 
     def grad_norm(state: TrainState) -> jax.Array:
@@ -104,7 +111,7 @@ class _Total(NamedTuple):
 
 def _make_sum(
     add: Callable[[TrainState, Batch, _Total, jax.Array], _Total],
-    zeros: Any,
+    zeros: Callable[[TrainState], Any],
     model: nn.Module,
     data: Data,
     split: str,
@@ -114,9 +121,10 @@ def _make_sum(
     """Compiles `add`, which adds a batch, and calls it for all batches of a split."""
     batches, inputs = data.eval_batches[split], data.eval_input(split)
     batch = jax.eval_shape(batches.batch, inputs, jnp.int32(0))
-    first = jax.device_put(
-        _Total(_first_carry(model, state, batch), jnp.zeros(()), zeros), replicated(mesh)
-    )
+    first = jax.jit(
+        lambda state: _Total(_first_carry(model, state, batch), jnp.zeros(()), zeros(state)),
+        out_shardings=replicated(mesh),
+    )(state)
     compiled = jax.jit(add, out_shardings=replicated(mesh)).lower(state, inputs, first, 0).compile()
 
     def over_split(state: TrainState) -> _Total:
@@ -167,7 +175,9 @@ def evaluate_checkpoint(
       UserError: if there is no such checkpoint.
     """
     config = config.copy_and_resolve_references()
-    config.mesh.data = 1  # wherever the run was trained, this may be another machine
+    # Wherever the run was trained, this may be another machine.
+    config.mesh.update({"data": 1, "fsdp": 1})
+    config.accumulate = 1
     experiment = make_experiment(config)
     checkpoints = Checkpoints(pathlib.Path(workdir))
     state = checkpoints.restore(experiment.abstract_state(), step)

@@ -16,14 +16,17 @@ from gnp import data, models
 from gnp.data.loading import Data, load_images, load_text
 from gnp.errors import UserError
 from gnp.training import optimizer as optimizers
-from gnp.training.sharding import make_mesh, over_batch, replicated
+from gnp.training.sharding import make_mesh, of_state, over_batch, replicated
 from gnp.training.state import MetricSums, TrainState, finite, mean_metrics
 from gnp.training.step import init_state
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A configuration's data set (images not yet decoded), model, optimizer and mesh."""
+    """A configuration's data set (images not yet decoded), model, optimizer and mesh.
+
+    `state_sharding` is how the state lies on the mesh.
+    """
 
     config: ConfigDict
     source: data.Source | data.TextSource
@@ -31,6 +34,7 @@ class Experiment:
     optimizer: optimizers.Optimizer
     mesh: Mesh
     total_steps: int
+    state_sharding: Any
 
     @property
     def examples_per_step(self) -> int:
@@ -45,11 +49,7 @@ class Experiment:
     @property
     def example(self) -> jax.Array:
         """An input that the model can be initialised with."""
-        if isinstance(self.source, data.Source):
-            channels = self.source.image_shape[2]
-            return jnp.zeros((1, self._image_size, self._image_size, channels))
-        # A language model carries a state for each stream.
-        return jnp.zeros((self.config.data.batch_size, 1), jnp.int32)
+        return _example(self.config, self.source)
 
     def steps(self, duration: str) -> int:
         """A duration, as "10ep", in steps of this run."""
@@ -73,15 +73,15 @@ class Experiment:
         )
 
     def init(self, pretrained: Any = None) -> TrainState:
-        """The state before the first step, on every device, from pretrained variables if any."""
-        return jax.jit(self._init, out_shardings=replicated(self.mesh))(pretrained)
+        """The state before the first step, on the devices, from pretrained variables if any."""
+        return jax.jit(self._init, out_shardings=self.state_sharding)(pretrained)
 
     def abstract_state(self) -> TrainState:
         """The state's shapes, dtypes and shardings, for restoring."""
-        sharding = replicated(self.mesh)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             jax.eval_shape(self._init),
+            self.state_sharding,
         )
 
     def load_data(self) -> Data:
@@ -104,7 +104,7 @@ class Experiment:
             keep=config.resident,
             batch_size=config.batch_size,
             eval_batch_size=eval_batch_size,
-            image_size=self._image_size,
+            image_size=_image_size(config, self.source),
             operations=data.parse_augment(config.augment),
             mean=config.mean,
             std=config.std,
@@ -124,13 +124,8 @@ class Experiment:
             means["perplexity"] = None if loss is None else finite(float(np.exp(loss)))
         return means
 
-    @property
-    def _image_size(self) -> int:
-        assert isinstance(self.source, data.Source)
-        return self.config.data.image_size or self.source.image_shape[0]
-
     def _init(self, pretrained: Any = None) -> TrainState:
-        return init_state(self.model, self.optimizer, self.example, self.config.seed, pretrained)
+        return _init(self.config, self.model, self.optimizer, self.example, pretrained)
 
 
 def make_experiment(config: ConfigDict) -> Experiment:
@@ -141,7 +136,8 @@ def make_experiment(config: ConfigDict) -> Experiment:
         devices.
     """
     gnp_config.validate(config)
-    mesh = make_mesh(config.mesh.data, batch_size=config.data.batch_size)
+    part = config.data.batch_size // config.accumulate
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, batch_size=part)
     source = _open(config)
     num_examples, batch_size = source.num_examples["train"], config.data.batch_size
     examples_per_step = _examples_per_step(config, source)
@@ -153,10 +149,12 @@ def make_experiment(config: ConfigDict) -> Experiment:
             f"{asked}, but {source.name} has only {num_examples} training {source.unit}s"
         )
     groups = config.model.batch_norm_groups
-    if groups is not None and batch_size % groups:
+    part = batch_size // (config.accumulate * (config.gr.num_groups or 1))
+    if groups is not None and part % groups:
+        parts = "" if part == batch_size else f" in parts of {part}"
         raise UserError(
             f"config.model.batch_norm_groups is {groups}, which does not divide "
-            f"config.data.batch_size {batch_size}"
+            f"config.data.batch_size {batch_size}{parts}"
         )
     steps_per_epoch = num_examples / examples_per_step
     total_steps = max(round(config.epochs * steps_per_epoch), 1)
@@ -174,8 +172,39 @@ def make_experiment(config: ConfigDict) -> Experiment:
                     f"run has only {total_steps}"
                 )
     model = models.create(config.model.name, **_model_arguments(config, source))
-    optimizer = optimizers.build(config, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-    return Experiment(config, source, model, optimizer, mesh, total_steps)
+    example = _example(config, source)
+    optimizer = optimizers.build(
+        config,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        params=lambda: jax.eval_shape(model.init, jax.random.key(0), example)["params"],
+    )
+    state = jax.eval_shape(lambda: _init(config, model, optimizer, example))
+    sharding = of_state(state, mesh, min_size=config.mesh.min_size, rules=config.mesh.rules)
+    return Experiment(config, source, model, optimizer, mesh, total_steps, sharding)
+
+
+def _init(
+    config: ConfigDict,
+    model: nn.Module,
+    optimizer: optimizers.Optimizer,
+    example: jax.Array,
+    pretrained: Any = None,
+) -> TrainState:
+    ema = config.ema.decay is not None
+    return init_state(model, optimizer, example, config.seed, pretrained, ema=ema)
+
+
+def _example(config: ConfigDict, source: data.Source | data.TextSource) -> jax.Array:
+    if isinstance(source, data.Source):
+        size = _image_size(config.data, source)
+        return jnp.zeros((1, size, size, source.image_shape[2]))
+    # A language model carries a state for each stream.
+    return jnp.zeros((config.data.batch_size, 1), jnp.int32)
+
+
+def _image_size(config: ConfigDict, source: data.Source) -> int:
+    return config.image_size or source.image_shape[0]
 
 
 def _open(config: ConfigDict) -> data.Source | data.TextSource:

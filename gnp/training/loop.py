@@ -23,6 +23,8 @@ from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment
 from gnp.training.files import lock, write_atomically
 from gnp.training.metrics import MetricsWriter, Progress, Row
+from gnp.training.processes import Agreement, errors_shared, is_main, wait_for_all
+from gnp.training.profile import Profiler
 from gnp.training.state import MetricSums, num_params, params_sha256
 from gnp.training.step import make_train_call, make_train_step
 
@@ -50,9 +52,16 @@ class _Dispatched:
 
 
 def train(
-    config: ConfigDict, workdir: str | pathlib.Path, *, command: str | None = None
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    command: str | None = None,
+    profile_steps: int = 0,
 ) -> dict[str, Any]:
     """Trains a model, or continues or completes the run in a work directory.
+
+    Every one of several processes (`jax.distributed`) calls it with the same arguments; the work
+    directory is one that all of them see, and the first process writes it.
 
     The work directory then holds `config.json`, `metrics.jsonl`, TensorBoard events,
     `checkpoints/` and, when the run has ended, `result.json`. A run that was interrupted anywhere
@@ -63,11 +72,14 @@ def train(
       config: made from `gnp.config.default()`.
       workdir: the run's directory; made if it is not there.
       command: the command line, to be noted in `result.json`.
+      profile_steps: how many steps to trace, into `profile/` in the work directory.
 
     Returns:
       What `result.json` holds: "train", "test" and what other splits there are (the last values of
       the metrics), "unit" ("image" or "word"), "steps", "epochs", "wall_time" (seconds),
-      "num_params", "params_sha256", "devices", "command".
+      "num_params", "params_sha256", "devices", "command", and "speed": what was learned in a second
+      ("images_per_second") and the share of the time spent waiting for data ("data_wait"), since
+      the run was last started.
 
     Raises:
       UserError: for a configuration that is wrong, or another one than the directory's run has, or
@@ -75,34 +87,53 @@ def train(
       Interrupted: on the first Ctrl-C or SIGTERM, when the state is saved. A second one ends the
         process at once.
     """
-    experiment = make_experiment(config)
     workdir = pathlib.Path(workdir)
-    # Before anything is written; what has a checkpoint does not begin from these weights again.
-    pretrained = None if _has_checkpoint(workdir) else experiment.load_pretrained()
-    _claim(workdir, config)
-    with lock(workdir):
-        _check_data(workdir, experiment.source)
-        return _train(experiment, workdir, pretrained, command)
+    with errors_shared():
+        experiment = make_experiment(config)
+        # Before anything is written; what has a checkpoint does not begin from these weights again.
+        pretrained = None if _has_checkpoint(workdir) else experiment.load_pretrained()
+    with contextlib.ExitStack() as stack:
+        with errors_shared():
+            if is_main():
+                _claim(workdir, config)
+                stack.enter_context(lock(workdir))
+                _check_data(workdir, experiment.source)
+        with errors_shared():
+            if not (workdir / "config.json").exists():
+                raise UserError(
+                    f"{workdir} is not what the first process sees there; --workdir must be on "
+                    "storage that all processes share"
+                )
+        profiler = Profiler(workdir / "profile", first=1, num_steps=profile_steps)
+        result = _train(experiment, workdir, pretrained, command, profiler)
+        wait_for_all("the end of the run")
+        return result
 
 
 def _train(
-    experiment: Experiment, workdir: pathlib.Path, pretrained: Any, command: str | None
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    pretrained: Any,
+    command: str | None,
+    profiler: Profiler,
 ) -> dict[str, Any]:
-    """Trains in a work directory that is this run's and this process's."""
+    """Trains in a work directory that is this run's."""
     config = experiment.config
     result_path = workdir / "result.json"
     if result_path.exists():
         return json.loads(result_path.read_text())
 
     began = time.monotonic()
-    print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
+    if is_main():
+        print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     step = checkpoints.latest_step() or 0
     state = (
         checkpoints.restore(experiment.abstract_state()) if step else experiment.init(pretrained)
     )
-    data = experiment.load_data()
-    writer = MetricsWriter(workdir, step=step)
+    with errors_shared():
+        data = experiment.load_data()
+    writer = MetricsWriter(workdir, step=step, writes=is_main())
     log_every, eval_every, save_every = (
         experiment.steps(duration)
         for duration in (config.log.every, config.eval.every, config.checkpoint.every)
@@ -110,12 +141,25 @@ def _train(
     total_steps, unit = experiment.total_steps, experiment.source.unit
 
     train_step = make_train_step(
-        experiment.model, experiment.optimizer, seed=config.seed, log_every=log_every
+        experiment.model,
+        experiment.optimizer,
+        seed=config.seed,
+        log_every=log_every,
+        mesh=experiment.mesh,
+        accumulate=config.accumulate,
+        num_groups=config.gr.num_groups,
+        ema_decay=config.ema.decay,
     )
     max_steps = min(config.steps_per_call, total_steps, data.max_steps_per_call or total_steps)
     # Compiled ahead, so that the loop's first step is like any other.
     train_call = (
-        make_train_call(train_step, data.train_batches, max_steps=max_steps, mesh=experiment.mesh)
+        make_train_call(
+            train_step,
+            data.train_batches,
+            max_steps=max_steps,
+            mesh=experiment.mesh,
+            state_sharding=experiment.state_sharding,
+        )
         .lower(state, data.train_input(), max_steps)
         .compile()
     )
@@ -126,16 +170,20 @@ def _train(
     }
 
     progress = Progress(
-        total_steps=total_steps, steps_per_epoch=experiment.steps_per_epoch, step=step
+        total_steps=total_steps,
+        steps_per_epoch=experiment.steps_per_epoch,
+        step=step,
+        shown=is_main(),
     )
     progress.say(
         _summary(experiment, data.about, num_params(state.params), time.monotonic() - began, step)
     )
     wall_time_before = writer.wall_time
     training_seconds, training_steps, waited = 0.0, 0, 0.0
-    saved_step = step
+    all_seconds, first_step, saved_step = 0.0, step, step
     device_free = time.monotonic()
     seconds_per_step = CALL_SECONDS  # not known before the first call, which is of one step
+    agreement = Agreement(experiment.mesh, (False, seconds_per_step))
 
     def write(split: str, step: int, values: dict[str, float | None]) -> Row:
         row = {
@@ -151,9 +199,11 @@ def _train(
     def finish(call: _Dispatched) -> list[Row]:
         """Waits for a call and writes what it has to say."""
         nonlocal training_seconds, training_steps, waited, device_free, seconds_per_step
+        nonlocal all_seconds
         jax.block_until_ready(call.sums)
         now = time.monotonic()
         training_seconds += now - device_free
+        all_seconds += now - device_free
         training_steps += call.num_steps
         seconds_per_step = (now - device_free) / call.num_steps
         device_free = now
@@ -188,6 +238,7 @@ def _train(
         contextlib.closing(progress),
         contextlib.closing(writer),
         contextlib.closing(data.train_feed(step)) as feed,
+        contextlib.closing(profiler),
         _stop_requests() as stop,
     ):
         # The device always has the next call to do while the host writes what the last one did.
@@ -201,13 +252,15 @@ def _train(
                     *((step // every + 1) * every for every in (log_every, eval_every, save_every)),
                 )
                 inputs = feed.get(waiting and waiting.sums)
+                profiler.at(step - first_step, waiting and waiting.sums)
                 num_steps, step = until - step, until
                 state, sums = train_call(state, inputs, num_steps)
                 if waiting is not None:
                     progress.show(waiting.step, finish(waiting))
                 last = step == total_steps
                 waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0)
-                stopping = stop.is_set()  # read once: what is then raised must have been saved
+                # Asked once: what is then raised must have been saved.
+                stopping, seconds_per_step = agreement.exchange(stop.is_set(), seconds_per_step)
                 evaluating = last or step % eval_every == 0
                 saving = last or step % save_every == 0 or stopping
                 if evaluating or saving:
@@ -222,7 +275,7 @@ def _train(
         except UserError:  # of the data; what has been learned is kept
             if waiting is not None:
                 progress.show(step, finish(waiting))
-            if step != saved_step:
+            if step != saved_step and jax.process_count() == 1:  # others would not save with it
                 save()
             raise
         finally:
@@ -237,8 +290,16 @@ def _train(
             "params_sha256": params_sha256(state.params),
             "devices": _devices(experiment),
             "command": command,
+            "speed": None,
         }
-    write_atomically(result_path, json.dumps(result, indent=2) + "\n")
+        if step > first_step:
+            steps_per_second = (step - first_step) / all_seconds
+            result["speed"] = {
+                f"{unit}s_per_second": experiment.examples_per_step * steps_per_second,
+                "data_wait": feed.waited / all_seconds,
+            }
+    if is_main():
+        write_atomically(result_path, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -270,6 +331,7 @@ def _essential(config: ConfigDict) -> dict[str, Any]:
     fields = config.to_dict()
     for name in ("workers", "on_damaged"):
         del fields["data"][name]
+    del fields["mesh"]  # where it runs; results agree to rounding
     return fields
 
 

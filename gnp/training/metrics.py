@@ -20,10 +20,11 @@ class MetricsWriter:
     """Appends rows to `metrics.jsonl` and to TensorBoard events.
 
     A row is {"step", "epoch", "wall_time" (seconds), "split" ("train", "test", …), values…}.
-    Opened at a step, it first drops the rows after it, which a continued run makes again.
+    Opened at a step, it first drops the rows after it, which a continued run makes again. One that
+    does not write only keeps the newest rows: of several processes one writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, step: int):
+    def __init__(self, workdir: pathlib.Path, *, step: int, writes: bool = True):
         path = workdir / "metrics.jsonl"
         self.last: dict[str, Row] = {}  # the newest row of each split
         kept = []
@@ -35,9 +36,11 @@ class MetricsWriter:
             if row["step"] <= step:
                 kept.append(line + "\n")
                 self.last[row["split"]] = row
-        write_atomically(path, "".join(kept))
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
+        self._writes = writes
+        if writes:
+            write_atomically(path, "".join(kept))
+            self._file = path.open("a")
+            self._events = SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
 
     @property
     def wall_time(self) -> float:
@@ -47,6 +50,8 @@ class MetricsWriter:
     def write(self, row: Row) -> None:
         """Appends a row."""
         self.last[row["split"]] = row
+        if not self._writes:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
@@ -55,17 +60,22 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Returns when all rows are on the disk, which a checkpoint must not precede."""
-        os.fsync(self._file.fileno())
-        self._events.flush()
+        if self._writes:
+            os.fsync(self._file.fileno())
+            self._events.flush()
 
     def close(self) -> None:
         """Writes what is buffered and closes the files."""
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
 
 class Progress:
-    """Live progress on standard error: a bar on a terminal, plain lines otherwise."""
+    """Live progress on standard error: a bar on a terminal, plain lines otherwise.
+
+    Not `shown`, it is silent: of several processes one shows it.
+    """
 
     # The values shown: key in a row, name, format.
     _TRAIN = (
@@ -81,13 +91,14 @@ class Progress:
         ("data_wait", "waiting for data", ".0%"),
     )
 
-    def __init__(self, *, total_steps: int, steps_per_epoch: float, step: int):
+    def __init__(self, *, total_steps: int, steps_per_epoch: float, step: int, shown: bool = True):
+        self._is_shown = shown
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
         self._first, self._begin = step, time.monotonic()
         self._shown: dict[str, str] = {}
         self._bar = (
             tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
-            if sys.stderr.isatty()
+            if shown and sys.stderr.isatty()
             else None
         )
 
@@ -115,7 +126,7 @@ class Progress:
         """Prints a line above the bar."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
-        else:
+        elif self._is_shown:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """From a configuration to an Optax chain and its schedules."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict
 
 from gnp import transforms
 from gnp.config import parse_duration
+from gnp.errors import UserError
+from gnp.training import patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +22,36 @@ class Optimizer:
 
     Attributes:
       tx: the chain: gradient regularization → clipping → base optimizer → weight decay →
-        learning rate. Its `update` takes `grad_fn` beside the gradients and the parameters.
+        learning rate → parameters' multipliers of it. Its `update` takes `grad_fn` beside the
+        gradients and the parameters.
       learning_rate: the schedule, a function of the number of updates already made.
       l2: λ of L2 regularization. It is not in `tx`: λθ belongs to both of GR's gradients, so the
-        step adds (λ/2)‖θ‖² to the loss.
+        step adds `l2_penalty` to the loss.
+      frozen: a tree of booleans, true for parameters that stay as they are; None if none do.
+      excluded: a tree of booleans, true for parameters without weight decay; None if all have it.
     """
 
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     l2: float
+    frozen: Any = None
+    excluded: Any = None
+
+    def without_frozen(self, params: Any) -> Any:
+        """The parameters, with no gradient with respect to those that are frozen."""
+        if self.frozen is None:
+            return params
+        return jax.tree.map(
+            lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x, params, self.frozen
+        )
+
+    def l2_penalty(self, params: Any) -> jax.Array | float:
+        """(λ/2)‖θ‖² over the parameters that are neither frozen nor excluded from decay."""
+        if not self.l2:
+            return 0.0
+        left_out = [tree for tree in (self.frozen, self.excluded) if tree is not None]
+        decaying = jax.tree.map(lambda x, *out: None if any(out) else x, params, *left_out)
+        return self.l2 / 2 * optax.tree.norm(decaying, squared=True)
 
     def report(self, opt_state: optax.OptState, count: jax.Array) -> dict[str, Any]:
         """What the last update did, as (value, weight) pairs; a weight of 0 is no value."""
@@ -35,6 +59,7 @@ class Optimizer:
         values = {"learning_rate": (self.learning_rate(count), one)}
         for state in _states(opt_state):
             if isinstance(state, transforms.GradientRegularizationState):
+                values["grad_norm"] = (state.grad_norm, one)
                 second = (state.ratio != 0).astype(jnp.float32)
                 values["perturbed_grad_norm"] = (state.perturbed_grad_norm, second)
                 values["radius"] = (state.radius, one)
@@ -44,36 +69,116 @@ class Optimizer:
         return values
 
 
-def build(config: ConfigDict, *, steps_per_epoch: float, total_steps: int) -> Optimizer:
-    """Makes the optimizer of a validated configuration."""
+def build(
+    config: ConfigDict,
+    *,
+    steps_per_epoch: float,
+    total_steps: int,
+    params: Callable[[], Any],
+) -> Optimizer:
+    """Makes the optimizer of a validated configuration.
+
+    Args:
+      config: the configuration.
+      steps_per_epoch: not a whole number in general.
+      total_steps: of the run.
+      params: gives the parameters' shapes; called where the configuration chooses among them.
+
+    Raises:
+      UserError: if a pattern of the configuration is wrong, or nothing is left to train.
+    """
     schedule = learning_rate(config.lr, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    chosen = _choose(config, params)
     parts: list[optax.GradientTransformation] = []
-    if config.gr.policy != "off":
-        warmup = parse_duration(config.gr.warmup or config.lr.warmup)
-        radius, ratio = transforms.warmup(
-            config.gr.policy,
-            radius=config.gr.radius,
-            ratio=config.gr.ratio,
-            warmup_steps=warmup.steps(steps_per_epoch, total_steps),
-        )
-        parts.append(transforms.gradient_regularization(radius, ratio))
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
 
     base = base_optimizer(config.optimizer, config.lr.base)
     kind, value = config.weight_decay.kind, config.weight_decay.value
     rate = optax.scale_by_learning_rate(schedule)
+    decays = None
+    if chosen.excluded is not None:
+        decays = jax.tree.map(operator.not_, chosen.excluded)
     if kind == "scheduled":
-        parts += [_scheduled_decay(base, value, config.optimizer), rate]
+        parts += [_scheduled_decay(base, value, config.optimizer, decays), rate]
     elif kind in ("coupled", "decoupled"):
         # One update, θ ← (1 − ηλ)θ − ηu, under the names it has for SGD (SWD paper, Eq. 2) and
         # for adaptive optimizers (AdamW, Eq. 8).
-        parts += [base, optax.add_decayed_weights(value), rate]
+        parts += [base, optax.add_decayed_weights(value, decays), rate]
     elif kind == "vanilla":
-        parts += [base, rate, optax.add_decayed_weights(-value)]  # θ ← (1 − λ)θ − ηu, Eq. 1
+        # θ ← (1 − λ)θ − ηu, Eq. 1
+        parts += [base, rate, optax.add_decayed_weights(-value, decays)]
     else:
         parts += [base, rate]
-    return Optimizer(optax.chain(*parts), schedule, value if kind == "l2" else 0.0)
+
+    if chosen.frozen is not None:
+        labels = jax.tree.map(lambda frozen: "frozen" if frozen else "trained", chosen.frozen)
+        trained = {"trained": optax.chain(*parts), "frozen": optax.set_to_zero()}
+        parts = [optax.partition(trained, labels)]
+    if chosen.multipliers is not None:
+        parts.append(_multiply(chosen.multipliers))
+    if config.gr.policy != "off":
+        # Outside of the partition: it calls the gradient, which wants all parameters.
+        parts.insert(0, _regularization(config, steps_per_epoch, total_steps))
+    l2 = value if kind == "l2" else 0.0
+    return Optimizer(optax.chain(*parts), schedule, l2, chosen.frozen, chosen.excluded)
+
+
+class _Chosen(NamedTuple):
+    """What a configuration says of single parameters, as trees; None where it says nothing."""
+
+    frozen: Any = None  # booleans
+    excluded: Any = None  # booleans, of weight decay
+    multipliers: Any = None  # of the learning rate
+
+
+def _choose(config: ConfigDict, params: Callable[[], Any]) -> _Chosen:
+    freeze, exclude = config.optimizer.freeze, config.weight_decay.exclude
+    rules, layer_decay = config.lr.multipliers, config.lr.layer_decay
+    if not (freeze or exclude or rules or layer_decay is not None):
+        return _Chosen()
+    shapes = params()
+    frozen = excluded = multipliers = None
+    if freeze:
+        frozen = patterns.matches("config.optimizer.freeze", freeze, shapes)
+        if all(jax.tree.leaves(frozen)):
+            raise UserError(
+                f"config.optimizer.freeze: {', '.join(map(repr, freeze))} match all parameters; "
+                "leave some to train"
+            )
+    if exclude:
+        excluded = patterns.matches("config.weight_decay.exclude", exclude, shapes)
+    if rules:
+        multipliers = patterns.multipliers("config.lr.multipliers", rules, shapes)
+    if layer_decay is not None:
+        of_layers = patterns.layer_multipliers(layer_decay, shapes)
+        multipliers = jax.tree.map(operator.mul, of_layers, multipliers) if rules else of_layers
+    return _Chosen(frozen, excluded, multipliers)
+
+
+def _multiply(factors: Any) -> optax.GradientTransformation:
+    """Multiplies updates by factors, a tree of numbers and of arrays that are broadcast."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u, factor: u * jnp.asarray(factor, u.dtype), updates, factors
+        )
+    )
+
+
+def _regularization(
+    config: ConfigDict, steps_per_epoch: float, total_steps: int
+) -> optax.GradientTransformation:
+    """Gradient regularization, warmed up with the learning rate unless it has a warmup itself."""
+    warmup = parse_duration(config.gr.warmup or config.lr.warmup)
+    radius, ratio = transforms.warmup(
+        config.gr.policy,
+        radius=config.gr.radius,
+        ratio=config.gr.ratio,
+        warmup_steps=warmup.steps(steps_per_epoch, total_steps),
+    )
+    return transforms.gradient_regularization(
+        radius, ratio, estimator=config.gr.estimator, num_groups=config.gr.num_groups
+    )
 
 
 def base_optimizer(config: ConfigDict, base_learning_rate: float) -> optax.GradientTransformation:
@@ -97,15 +202,16 @@ def base_optimizer(config: ConfigDict, base_learning_rate: float) -> optax.Gradi
 
 
 def _scheduled_decay(
-    base: optax.GradientTransformation, value: float, config: ConfigDict
+    base: optax.GradientTransformation, value: float, config: ConfigDict, decays: Any
 ) -> optax.GradientTransformation:
-    """Scheduled weight decay of a base optimizer."""
+    """Scheduled weight decay of a base optimizer; `decays` is a tree of booleans, None for all."""
     if config.name == "sgd":
         # SGDS: SGD has no second moment; its effective rate is η / (1 − momentum).
-        return optax.chain(base, optax.add_decayed_weights(value / (1 - config.momentum)))
+        return optax.chain(base, optax.add_decayed_weights(value / (1 - config.momentum), decays))
     return transforms.scheduled_weight_decay(
         base,
         value,
+        mask=decays,
         b2=config.decay if config.name == "rmsprop" else config.b2,
         second_moment=(lambda s: s.nu_max) if config.name in ("amsgrad", "padam") else None,
     )

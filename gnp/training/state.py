@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gnp.training.processes import whole
+
 # name → (sum of values · weights, sum of weights), float32 scalars, since the last log line.
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -24,6 +26,8 @@ class TrainState(flax.struct.PyTreeNode):
         language model's state ("carry").
       opt_state: the optimizer's.
       metrics: sums of the training metrics since the last log line.
+      ema: moving average of the parameters and the running statistics, {"params", "batch_stats"};
+        None if there is none.
     """
 
     step: jax.Array
@@ -31,6 +35,18 @@ class TrainState(flax.struct.PyTreeNode):
     model_state: Any
     opt_state: optax.OptState
     metrics: MetricSums
+    ema: Any = None
+
+
+def averaged(params: Any, model_state: Any) -> Any:
+    """What `TrainState.ema` averages: the variables that evaluation takes from training."""
+    return {"params": params, **{k: v for k, v in model_state.items() if k != "carry"}}
+
+
+def with_average(state: TrainState) -> TrainState:
+    """The state with the averaged variables in place of those of training."""
+    others = {name: x for name, x in state.ema.items() if name != "params"}
+    return state.replace(params=state.ema["params"], model_state=state.model_state | others)
 
 
 def num_params(params: Any) -> int:
@@ -39,14 +55,17 @@ def num_params(params: Any) -> int:
 
 
 def params_sha256(params: Any) -> str:
-    """SHA-256 over the parameters' bytes, in the order of their paths."""
+    """SHA-256 over the parameters' bytes, in the order of their paths.
+
+    Every process is to call it, since each may have only a part of them.
+    """
     digest = hashlib.sha256()
     for path, leaf in sorted(
         (jax.tree_util.keystr(path), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        digest.update(np.ascontiguousarray(whole(leaf)).tobytes())
     return digest.hexdigest()
 
 

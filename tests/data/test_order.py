@@ -36,6 +36,20 @@ def test_the_step_agrees_with_the_host(size, seed, data):
     np.testing.assert_array_equal(traced, example_at(seed, places, size))
 
 
+@settings(deadline=None, max_examples=20)
+@given(size=st.sampled_from([1, 7, 1437, 50_000]), some=st.lists(seeds, min_size=3, max_size=3))
+def test_the_seed_may_be_traced(size, some):
+    """One program for all seeds, and for several side by side, as uint32 or int32."""
+    places = jnp.arange(100, 164)
+    expected = [example_at(seed, np.asarray(places), size) for seed in some]
+    traced = jax.jit(traced_example_at, static_argnums=2)
+    for dtype in (jnp.uint32, jnp.int32):
+        one_by_one = [traced(dtype(seed), places, size) for seed in some]
+        np.testing.assert_array_equal(one_by_one, expected)
+        side_by_side = jax.vmap(lambda seed: traced_example_at(seed, places, size))
+        np.testing.assert_array_equal(side_by_side(jnp.array(some, dtype)), expected)
+
+
 def chi_square(observed, freedom):
     """By how many standard deviations counts differ from equal ones."""
     expected = observed.mean()

@@ -63,6 +63,11 @@ def colours(batch):
     return np.asarray(batch["image"])[:, 0, 0, 0].tolist()
 
 
+def rows_of(process, rows):
+    """The rows of a process that has so many."""
+    return tuple(range(process * rows, (process + 1) * rows))
+
+
 sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
 
@@ -73,9 +78,7 @@ def test_each_example_exactly_once_an_epoch_for_any_number_of_processes(sizes, p
     records, batch_size = make_records(num_examples), rows * processes
     steps = -(-3 * num_examples // batch_size)
     readers = [
-        train_reader(
-            records, batch_size, steps, seed=seed, process=process, num_processes=processes
-        )
+        train_reader(records, batch_size, steps, seed=seed, rows=rows_of(process, rows))
         for process in range(processes)
     ]
     stream = [c for step in range(steps) for reader in readers for c in colours(reader[step])]
@@ -110,7 +113,8 @@ def test_evaluation_counts_every_example_once(num_examples, rows, processes, dam
     records = Damaged(make_records(num_examples), damaged)
     seen = []
     for process in range(processes):
-        reader = EvalReader(records, SHAPE, True, rows * processes, True, process, processes)
+        own = rows_of(process, rows)
+        reader = EvalReader(records, SHAPE, True, rows * processes, True, own)
         for i in range(len(reader)):
             batch = reader[i]
             assert batch["image"].shape == (rows, *SHAPE)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import threading
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -71,7 +70,7 @@ def test_the_rows_of_metrics(finished):
     expected = {
         *("step", "epoch", "wall_time", "split", "loss", "error", "learning_rate", "grad_norm"),
         *("perturbed_grad_norm", "radius", "ratio", "swd_factor", "weight_norm"),
-        "images_per_second",
+        *("images_per_second", "top5_error"),
     }
     assert all(set(row) == expected for row in rows)
     # Zero-warmup over the first 14 steps (50 % of 29): no second gradient until then.
@@ -118,7 +117,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(finished, tmp_path):
     (tmp_path / "run" / "result.json").unlink()
     again = train(make_config(), tmp_path / "run", command="the command")
     assert again["wall_time"] >= result["wall_time"]
-    assert again | {"wall_time": 0} == result | {"wall_time": 0}
+    assert again | {"wall_time": 0, "speed": 0} == result | {"wall_time": 0, "speed": 0}
     assert read_rows(tmp_path / "run") == read_rows(workdir)
 
 
@@ -231,20 +230,6 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [False]
-
-
-def test_several_devices_train_like_one(tmp_path):
-    """With SGD: Adam makes a whole step of the rounding error in a gradient that is near zero."""
-    losses = {}
-    for devices in (1, 4):
-        config = make_config(
-            mesh__data=devices, optimizer__name="sgd", lr__base=0.05, epochs=1, log__every="2st"
-        )
-        result = train(config, tmp_path / str(devices))
-        assert result["devices"] == f"{jax.devices()[0].device_kind} × {devices}"
-        losses[devices] = [row["loss"] for row in read_rows(tmp_path / str(devices), "train")]
-    # Sums over the batch in another order: some ulps of float32, grown over 14 steps.
-    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-5)
 
 
 def test_a_run_that_diverges_ends_and_says_so(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 from gnp import config as gnp_config
 from gnp import transforms
+from gnp.errors import UserError
 from gnp.training import optimizer as optimizers
 
 TOTAL, PER_EPOCH, BASE = 100, 10.0, 0.4
@@ -92,10 +93,14 @@ def descend(tx, grad_fn, params, steps=6):
         yield params
 
 
-def build(**fields):
+def not_wanted():
+    raise AssertionError("shapes are wanted only for patterns, as they take time")
+
+
+def build(*, params=not_wanted, **fields):
     config = make_config(lr__schedule="constant", **fields)
     gnp_config.validate(config)
-    return optimizers.build(config, steps_per_epoch=PER_EPOCH, total_steps=TOTAL)
+    return optimizers.build(config, steps_per_epoch=PER_EPOCH, total_steps=TOTAL, params=params)
 
 
 PARAMS = np.array([1.0, -2.0, 0.5])
@@ -239,10 +244,11 @@ def test_what_is_reported():
     _, state = full.tx.update(grad_fn(params), state, params, grad_fn=lambda p: jnp.array(g))
     report = {name: float(value) for name, (value, weight) in full.report(state, 0).items()}
     assert set(report) == {
-        *("learning_rate", "perturbed_grad_norm", "radius", "ratio", "swd_factor")
+        *("learning_rate", "grad_norm", "perturbed_grad_norm", "radius", "ratio", "swd_factor")
     }
     np.testing.assert_allclose(report["swd_factor"], 1 / np.sqrt((g**2).mean()), rtol=1e-10)
-    np.testing.assert_allclose(report["perturbed_grad_norm"], np.linalg.norm(g), rtol=1e-6)
+    for norm in ("grad_norm", "perturbed_grad_norm"):
+        np.testing.assert_allclose(report[norm], np.linalg.norm(g), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", gnp_config.WEIGHT_DECAYS)
@@ -256,3 +262,270 @@ def test_every_combination_can_be_built_and_moves(name, kind, policy):
     *_, params = descend(optimizer.tx, grad_fn, jnp.array(PARAMS), steps=3)
     assert jnp.isfinite(params).all() and (params != PARAMS).all()
     assert optimizer.l2 == (0.01 if kind == "l2" else 0.0)
+
+
+# --- Single parameters --------------------------------------------------------------------------
+
+# The parameters of a small transformer, two blocks of which are stacked.
+TREE = {
+    "patch_embed": {"kernel": np.array([[0.7, -0.4], [1.1, 0.3]]), "bias": np.array([0.2, -0.1])},
+    "blocks": {
+        "kernel": np.array([[[0.5, -0.2], [0.3, 0.9]], [[-0.6, 0.8], [0.4, -1.2]]]),
+        "bias": np.array([[0.1, 0.3], [-0.2, 0.4]]),
+    },
+    "head": {"kernel": np.array([[1.3], [-0.7]]), "bias": np.array([0.6])},
+}
+INPUTS = np.random.default_rng(0).normal(size=(5, 2))
+
+
+def build_tree(**fields):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), TREE)
+    return build(params=lambda: shapes, **fields)
+
+
+def loss(params):
+    x = jnp.asarray(INPUTS)
+    for layer in (
+        params["patch_embed"],
+        *(jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(2)),
+        params["head"],
+    ):
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    return jnp.mean((x - 0.5) ** 2)
+
+
+def gradient(optimizer, loss=loss):
+    """As the train step takes it."""
+
+    def objective(params):
+        params = optimizer.without_frozen(params)
+        return loss(params) + optimizer.l2_penalty(params)
+
+    return jax.grad(objective)
+
+
+def trained(optimizer, params=TREE, loss=loss, steps=3):
+    """The parameters after some steps."""
+    params = jax.tree.map(jnp.asarray, params)
+    *_, params = descend(optimizer.tx, gradient(optimizer, loss), params, steps)
+    return params
+
+
+def assert_trees_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), a, b)
+
+
+def test_multipliers_are_optaxs_own_optimizers_with_other_rates():
+    rules = "head/bias=0,head=10,bias=0.5"
+    ours = build_tree(
+        lr__multipliers=rules, weight_decay__kind="decoupled", weight_decay__value=0.1
+    )
+    labels = {
+        "patch_embed": {"kernel": 1.0, "bias": 0.5},
+        "blocks": {"kernel": 1.0, "bias": 0.5},
+        "head": {"kernel": 10.0, "bias": 0.0},
+    }
+    rates = {x: optax.adamw(BASE * x, weight_decay=0.1) for x in (0.0, 0.5, 1.0, 10.0)}
+    theirs = optax.with_extra_args_support(optax.partition(rates, labels))
+    grad = jax.grad(loss)
+    params = jax.tree.map(jnp.asarray, TREE)
+    for a, b in zip(
+        descend(ours.tx, grad, params), descend(theirs, grad, params), strict=True
+    ):  # fmt: skip
+        assert_trees_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["none", "vanilla"])
+def test_layer_decay_and_multipliers_scale_the_whole_update(kind):
+    decay = {"weight_decay__kind": kind, "weight_decay__value": 0 if kind == "none" else 0.2}
+    plain = trained(build_tree(optimizer__name="sgd", **decay), steps=1)
+    scaled = trained(
+        build_tree(
+            optimizer__name="sgd", lr__layer_decay=0.5, lr__multipliers="^blocks=3,head=2", **decay
+        ),
+        steps=1,
+    )
+    factors = {"patch_embed": 0.5**3, "blocks": 3 * np.array([0.5**2, 0.5]), "head": 2}
+    for module, factor in factors.items():
+        for name, start in TREE[module].items():
+            factor_of_rows = np.reshape(factor, np.shape(factor) + (1,) * (start.ndim - 1))
+            np.testing.assert_allclose(
+                scaled[module][name] - start,
+                (plain[module][name] - start) * (factor_of_rows if np.ndim(factor) else factor),
+                rtol=1e-10,
+            )
+
+
+def test_factors_keep_the_parameters_dtype():
+    tx = build_tree(lr__layer_decay=0.5, lr__multipliers="head=2", optimizer__name="sgd").tx
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), TREE)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optimizer__name": "adam", "clip_norm": 0.01},
+        {"optimizer__name": "amsgrad", "weight_decay__kind": "scheduled", "gr__policy": "none"},
+        {"optimizer__name": "sgd", "weight_decay__kind": "scheduled"},
+        {"optimizer__name": "sgd", "weight_decay__kind": "l2", "gr__policy": "none"},
+        {"optimizer__name": "padam", "weight_decay__kind": "vanilla", "gr__policy": "none"},
+    ],
+    ids=lambda x: "-".join(map(str, x.values())),
+)
+def test_freezing_is_training_a_smaller_model(fields):
+    """Frozen parameters stay to the bit and take no memory; the rest trains as if they were data.
+
+    Neither GR's radius, nor the norm to be clipped, nor v̄ see what is frozen.
+    """
+    if "weight_decay__kind" in fields:
+        fields["weight_decay__value"] = 0.1
+    frozen = build_tree(optimizer__freeze="^patch_embed,blocks/kernel", **fields)
+    smaller = build(**fields)
+    data = {"patch_embed": TREE["patch_embed"], "blocks": {"kernel": TREE["blocks"]["kernel"]}}
+    rest = {"blocks": {"bias": TREE["blocks"]["bias"]}, "head": TREE["head"]}
+
+    def loss_of_rest(params):
+        return loss(data | params | {"blocks": data["blocks"] | params["blocks"]})
+
+    params = trained(frozen)
+    assert_trees_close(
+        {"blocks": {"bias": params["blocks"]["bias"]}, "head": params["head"]},
+        trained(smaller, rest, loss_of_rest),
+    )
+    for path in (("patch_embed", "kernel"), ("patch_embed", "bias"), ("blocks", "kernel")):
+        module, name = path
+        assert params[module][name].tobytes() == TREE[module][name].tobytes()
+
+    def sizes(optimizer, params):
+        return sorted(x.shape for x in jax.tree.leaves(jax.eval_shape(optimizer.tx.init, params)))
+
+    assert sizes(frozen, TREE) == sizes(smaller, rest)
+
+
+def updated(optimizer):
+    """The gradients, and the report of the first update."""
+
+    @jax.jit
+    def update(params):
+        grad = gradient(optimizer)
+        grads, state = grad(params), optimizer.tx.init(params)
+        _, state = optimizer.tx.update(grads, state, params, grad_fn=grad)
+        return grads, optimizer.report(state, 0)
+
+    grads, report = update(TREE)
+    return grads, {name: float(value) for name, (value, _) in report.items()}
+
+
+def test_frozen_gradients_are_zero_and_reports_are_found():
+    grads, report = updated(
+        build_tree(optimizer__freeze="head", gr__policy="none", gr__radius=0.0, gr__ratio=0.0)
+    )
+    assert not any(np.any(x) for x in jax.tree.leaves(grads["head"]))
+    expected = jax.grad(loss)(TREE)
+    assert_trees_close(grads["blocks"], expected["blocks"])
+    norm = np.sqrt(
+        sum(np.sum(x**2) for m in ("patch_embed", "blocks") for x in expected[m].values())
+    )
+    np.testing.assert_allclose(report["grad_norm"], norm, rtol=1e-6)
+
+
+def test_exclusion_is_adamw_with_a_mask():
+    ours = build_tree(
+        optimizer__name="adam", weight_decay__kind="decoupled", weight_decay__value=0.1,
+        weight_decay__exclude="bias,^patch",
+    )  # fmt: skip
+    mask = {
+        "patch_embed": {"kernel": False, "bias": False},
+        "blocks": {"kernel": True, "bias": False},
+        "head": {"kernel": True, "bias": False},
+    }
+    theirs = optax.with_extra_args_support(optax.adamw(BASE, weight_decay=0.1, mask=mask))
+    grad = jax.grad(loss)
+    params = jax.tree.map(jnp.asarray, TREE)
+    for a, b in zip(
+        descend(ours.tx, grad, params), descend(theirs, grad, params), strict=True
+    ):  # fmt: skip
+        assert_trees_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("sgd", kind) for kind in gnp_config.WEIGHT_DECAYS if kind != "none"),
+        ("amsgrad", "scheduled"),
+    ],
+)
+def test_excluded_parameters_are_without_any_kind_of_decay(name, kind):
+    """In the first step they move as without decay, and the others as if none were excluded."""
+    decay = {"weight_decay__kind": kind, "weight_decay__value": 0.1}
+    some = trained(
+        build_tree(optimizer__name=name, weight_decay__exclude="bias,head", **decay), steps=1
+    )
+    all_decay = trained(build(optimizer__name=name, **decay), steps=1)
+    none_decays = trained(build(optimizer__name=name), steps=1)
+    for module, expected in (
+        ("patch_embed", all_decay), ("blocks", all_decay), ("head", none_decays),
+    ):  # fmt: skip
+        np.testing.assert_allclose(some[module]["kernel"], expected[module]["kernel"], rtol=1e-10)
+        np.testing.assert_allclose(some[module]["bias"], none_decays[module]["bias"], rtol=1e-10)
+
+
+def test_excluded_parameters_count_in_the_second_moment_and_frozen_ones_do_not():
+    """1/√v̄ of the first step is that of the mean of g² over what is trained."""
+    decay = {"weight_decay__kind": "scheduled", "weight_decay__value": 0.1}
+    g = jax.grad(loss)(TREE)
+    for fields, counted in (
+        ({"weight_decay__exclude": "head"}, ("patch_embed", "blocks", "head")),
+        ({"optimizer__freeze": "head"}, ("patch_embed", "blocks")),
+        (
+            {"optimizer__freeze": "head", "weight_decay__exclude": "blocks"},
+            ("patch_embed", "blocks"),
+        ),
+    ):
+        _, report = updated(build_tree(**decay, **fields))
+        squares = np.concatenate([np.ravel(x**2) for m in counted for x in g[m].values()])
+        np.testing.assert_allclose(report["swd_factor"], 1 / np.sqrt(squares.mean()), rtol=1e-10)
+
+
+def test_l2_penalty_is_over_what_is_trained_and_decays():
+    l2 = {"weight_decay__kind": "l2", "weight_decay__value": 0.3}
+
+    def squares(*names):
+        return sum(np.sum(TREE[module][name] ** 2) for module, name in names)
+
+    kernels = [("patch_embed", "kernel"), ("blocks", "kernel"), ("head", "kernel")]
+    biases = [("patch_embed", "bias"), ("blocks", "bias"), ("head", "bias")]
+    for fields, names in (
+        ({}, kernels + biases),
+        ({"weight_decay__exclude": "bias"}, kernels),
+        ({"optimizer__freeze": "head"}, kernels[:2] + biases[:2]),
+        ({"weight_decay__exclude": "bias", "optimizer__freeze": "^patch"}, kernels[1:]),
+        ({"weight_decay__exclude": "bias,blocks,patch", "optimizer__freeze": "head"}, []),
+    ):
+        penalty = build_tree(**l2, **fields).l2_penalty(TREE)
+        np.testing.assert_allclose(penalty, 0.15 * squares(*names), rtol=1e-12)
+    assert build().l2_penalty(TREE) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer__freeze": "hed"}, "config.optimizer.freeze: 'hed' matches no parameter"),
+        (
+            {"weight_decay__exclude": "bias,nrm"},
+            "config.weight_decay.exclude: 'nrm' matches no parameter",
+        ),
+        ({"lr__multipliers": "hed=2"}, "config.lr.multipliers: 'hed' matches no parameter"),
+        ({"lr__multipliers": "head"}, "config.lr.multipliers: 'head' is no rule"),
+        (
+            {"optimizer__freeze": "kernel,bias"},
+            "config.optimizer.freeze: 'kernel', 'bias' match all parameters",
+        ),
+    ],
+)
+def test_wrong_patterns_name_their_field(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_tree(**fields)
+    assert "\n" not in str(error.value)
