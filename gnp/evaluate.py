@@ -4,6 +4,7 @@ import json
 import pathlib
 
 from gnp import config as gnp_config
+from gnp import environment
 from gnp.command_line import Parser, run
 from gnp.errors import UserError
 
@@ -19,6 +20,7 @@ def main() -> int:
     path = flags.workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{flags.workdir} is not a work directory: it has no config.json")
+    environment.set_up()
     config = gnp_config.from_json(path.read_text(), where=str(path))
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
@@ -35,8 +37,13 @@ def main() -> int:
     for split, of_split in values.items():
         if not isinstance(of_split, dict):
             continue
+        more = ""
+        if "top5_error" in of_split:
+            more = f"top-5 error {text(of_split['top5_error'], '.2%')}, "
+        if "ema_error" in of_split and "perplexity" not in of_split:
+            more += f"of the average {text(of_split['ema_error'], '.2%')}, "
         print(
-            f"{split:>6}: {' '.join(headline(of_split))}, "
+            f"{split:>6}: {' '.join(headline(of_split))}, {more}"
             f"loss {text(of_split['loss'], '.4f')}, "
             f"gradient norm {text(of_split['grad_norm'], '.4g')} "
             f"({of_split['num_examples']:,} {values['unit']}s)"

@@ -40,6 +40,9 @@ def main() -> int:
     parser.add_argument(
         "--out", required=True, type=pathlib.Path, metavar="FILE.safetensors", help="what to write"
     )
+    parser.add_argument(
+        "--average", action="store_true", help="the moving average of the parameters"
+    )
     parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
     flags = parser.parse_args()
     path = flags.workdir / "config.json"
@@ -53,7 +56,7 @@ def main() -> int:
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
 
-    tensors, metadata, call = export(config, flags.workdir, step=flags.step)
+    tensors, metadata, call = export(config, flags.workdir, step=flags.step, average=flags.average)
     _write(flags.out, tensors, metadata)
     print(
         f"{flags.out}: {metadata['model']} at step {metadata['step']} of {flags.workdir}, "
@@ -67,7 +70,11 @@ def main() -> int:
 
 
 def export(
-    config: "ConfigDict", workdir: str | pathlib.Path, *, step: int | None = None
+    config: "ConfigDict",
+    workdir: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    average: bool = False,
 ) -> tuple[dict[str, "np.ndarray"], dict[str, str], str | None]:
     """Reads a checkpoint as timm's tensors.
 
@@ -75,28 +82,32 @@ def export(
       config: the run's.
       workdir: the run's directory.
       step: which checkpoint; by default the newest.
+      average: whether to take the moving average of the parameters.
 
     Returns:
       The tensors by timm's names; "model", "step" and "image_size" as text; and the beginning of
       the call that makes the model in timm, None if timm has none.
 
     Raises:
-      UserError: if there is no such checkpoint, or timm has no models of the kind.
+      UserError: if there is no such checkpoint or average, or timm has no models of the kind.
     """
     # Here, since JAX is slow to import.
     import jax
 
     from gnp.models import pretrained
     from gnp.training.checkpoint import Checkpoints
-    from gnp.training.experiment import make_experiment
+    from gnp.training.experiment import make_experiment, on_one_device
+    from gnp.training.state import with_average
 
     pretrained.check_counterpart(config.model.name)
-    config = config.copy_and_resolve_references()
-    config.mesh.data = 1  # wherever the run was trained, this may be another machine
-    experiment = make_experiment(config)
+    if average and config.ema.decay is None:
+        raise UserError(f"{workdir} has no average of the parameters; train with config.ema.decay")
+    experiment = make_experiment(on_one_device(config))
     checkpoints = Checkpoints(pathlib.Path(workdir))
     state = checkpoints.restore(experiment.abstract_state(), step)
     checkpoints.close()
+    if average:
+        state = with_average(state)
     variables = jax.device_get({"params": state.params, **state.model_state})
     tensors = pretrained.to_timm(config.model.name, variables)
     _, image_size, _, channels = experiment.example.shape

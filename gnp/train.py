@@ -3,9 +3,10 @@
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from gnp import config as gnp_config
-from gnp import models
+from gnp import distributed, environment, models
 from gnp.command_line import Parser, overrides, run
 from gnp.errors import UserError
 
@@ -28,26 +29,49 @@ def main() -> int:
         version=str(models.list_models()),
         help="print all models with their sizes, cost and paper",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="trace so many steps into WORKDIR/profile, for XProf and Perfetto",
+    )
+    distributed.add_flags(parser)
     flags, rest = parser.parse_known_args()
     if not flags.workdir.name:
         raise UserError("--workdir names no directory; write --workdir=runs/NAME")
-    config = gnp_config.load(
-        flags.config, overrides(rest, ["--config", "--workdir", "--list-models"])
-    )
+    if flags.profile < 0:
+        raise UserError(f"--profile is {flags.profile}; it must be a number of steps")
+    environment.set_up()
+    names = ["--config", "--workdir", "--profile", "--list-models", *distributed.FLAGS]
+    config = gnp_config.load(flags.config, overrides(rest, names))
     gnp_config.validate(config)
+    distributed.join(
+        flags.coordinator,
+        flags.num_processes,
+        flags.process_id,
+        forced=flags.distributed,
+        timeout=flags.join_timeout,
+    )
 
     # Here, so that --help and a mistyped field do not wait for JAX.
     from gnp import report
     from gnp.training import Interrupted, train
     from gnp.training.metrics import headline, text
+    from gnp.training.processes import is_main
 
     command = shlex.join(sys.orig_argv)
     try:
-        result = train(config, flags.workdir, command=command)
+        result = train(config, flags.workdir, command=command, profile_steps=flags.profile)
     except Interrupted as stop:
-        print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
+        if is_main():
+            print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
         return 130
+    if not is_main():
+        return 0
     path = report.write(flags.workdir, command=command)
+    if result["speed"]:
+        print(_speed(result, config.dtype))
     print(
         f"test {' '.join(headline(result['test']))}, "
         f"test loss {text(result['test']['loss'], '.4f')} "
@@ -55,6 +79,23 @@ def main() -> int:
         f"in {result['wall_time']:.0f} s\nreport: {path}"
     )
     return 0
+
+
+def _speed(result: dict[str, Any], dtype: str) -> str:
+    """How fast the run was, against the rate of a matrix product on the same device."""
+    import jax
+
+    from gnp.training.flops import matmul_rate
+
+    speed, unit = result["speed"], result["unit"]
+    # The devices that CPUs are said to have share its cores.
+    cpu = jax.default_backend() == "cpu"
+    peak = matmul_rate(dtype, seconds=0.1) * (jax.process_count() if cpu else result["num_devices"])
+    rate, flops = speed[f"{unit}s_per_second"], speed["flops_per_second"]
+    return (
+        f"{rate:,.0f} {unit}s/s, {flops / 1e9:,.0f} GFLOP/s, {flops / peak:.0%} of a {dtype} "
+        f"matrix product's; {speed['data_wait']:.1%} of the time waiting for data"
+    )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from gnp import config as gnp_config
 from gnp import export, models
 from gnp.errors import UserError
 from gnp.models.pretrained import load_pretrained
 from gnp.training import train
+from gnp.training.experiment import make_experiment
 from gnp.training.state import params_sha256
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,6 +30,7 @@ def _run(tmp_path_factory):
     config.mesh.data = 1
     config.epochs = 1.0
     config.checkpoint.every = "10st"
+    config.ema.decay = 0.5
     workdir = tmp_path_factory.mktemp("run")
     return workdir, train(config, workdir)
 
@@ -36,6 +38,35 @@ def _run(tmp_path_factory):
 def run_main(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["gnp.export", *map(str, flags)])
     return export.main()
+
+
+def test_the_average_evaluates_as_the_run_says(run, tmp_path):
+    """As the parameters of a model, on the test set."""
+    workdir, result = run
+    config = gnp_config.from_json((workdir / "config.json").read_text(), where="")
+    tensors, metadata, _ = export.export(config, workdir, average=True)
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    variables = load_pretrained(
+        "vit_ti", tmp_path / "a.safetensors", image_size=8, channels=1, **FIELDS
+    )
+    experiment = make_experiment(config)
+    data = experiment.load_data()
+    batch = data.eval_batches["test"].batch(data.eval_input("test"), 0)
+    logits = experiment.model.apply(variables, batch["input"])
+    wrong = (logits.argmax(-1) != batch["label"]).sum()
+    batch = data.eval_batches["test"].batch(data.eval_input("test"), 1)
+    logits = experiment.model.apply(variables, batch["input"])
+    wrong += ((logits.argmax(-1) != batch["label"]) * batch["weight"]).sum()
+    assert wrong / 360 == pytest.approx(result["test"]["ema_error"])
+    assert result["test"]["ema_loss"] != result["test"]["loss"]
+
+
+def test_a_run_without_an_average_says_so(run, tmp_path):
+    workdir, _ = run
+    config = gnp_config.from_json((workdir / "config.json").read_text(), where="")
+    config.ema.decay = None
+    with pytest.raises(UserError, match=r"train with config.ema.decay"):
+        export.export(config, workdir, average=True)
 
 
 def test_the_file_has_the_runs_weights(run, tmp_path, monkeypatch, capsys):

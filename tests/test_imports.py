@@ -13,7 +13,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
     "errors": set(),
     "memory": set(),
+    "environment": {"memory"},
     "command_line": set(),
+    "distributed": set(),
     "transforms": set(),
     "models": set(),
     "data": {"memory"},
@@ -28,8 +30,16 @@ ALLOWED = {
         "command_line",
     },  # gnp/data/preview.py, a command line
     "prepare": {"data", "command_line"},
-    "train": {"config", "models", "training", "report", "command_line"},
-    "evaluate": {"config", "training", "command_line"},
+    "train": {
+        "config",
+        "distributed",
+        "models",
+        "training",
+        "report",
+        "command_line",
+        "environment",
+    },
+    "evaluate": {"config", "environment", "training", "command_line"},
     "export": {"config", "models", "training", "command_line"},
 }
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from gnp.data import resident, streaming
 from gnp.data.augment import COLOR_OPERATIONS, Operation
@@ -56,6 +56,11 @@ class ResidentData:
     about: str
 
     max_steps_per_call: ClassVar[int | None] = None  # any number of steps share an input
+
+    @property
+    def bytes_per_device(self) -> int:
+        """The memory that the data take on each device."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.arrays))
 
     def train_input(self) -> Batch:
         """The split "train"."""
@@ -113,6 +118,13 @@ class StreamedData:
     told: set[str] = dataclasses.field(default_factory=set)
 
     max_steps_per_call: ClassVar[int | None] = 1
+
+    @property
+    def bytes_per_device(self) -> int:
+        """The memory that the batches ahead take on each device: two, and the one in use."""
+        reader = self.train_reader
+        batch = reader.batch_size * math.prod(reader.output_shape)
+        return (streaming.AHEAD + 1) * batch // self.over_batch.mesh.size
 
     def train_input(self) -> Batch:
         """The shapes of a batch."""
@@ -230,7 +242,8 @@ def load_images(
                 f"{source.image_shape[2]} channels"
             )
     size = sum(source.num_examples.values()) * math.prod(source.image_shape)
-    memory = _memory(replicated)
+    assert isinstance(replicated.mesh, Mesh)  # and none without devices
+    memory = device_memory(replicated.mesh)
     sizes = f"{size / 1e9:.3g} GB of images, {memory / 1e9:.3g} GB of memory"
     if keep == "true" and size > _LARGEST_SHARE * memory:
         raise UserError(
@@ -328,17 +341,18 @@ def _on_every_device(arrays: Any, replicated: NamedSharding) -> Any:
     return jax.tree.map(put, arrays)
 
 
-def _memory(replicated: NamedSharding) -> int:
-    """Bytes that a data set on every device may come to on each."""
-    device = min(replicated.addressable_devices, key=lambda device: device.id)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+def device_memory(mesh: Mesh) -> int:
+    """Bytes of memory that each device has."""
+    own = jax.process_index()
+    here = [device for device in mesh.devices.flat if device.process_index == own]
+    limit = (here[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None:
         return int(limit)
     # CPUs share the machine's memory, or what a container may have of it.
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
         limits.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits) // len(replicated.addressable_devices)
+    return min(limits) // len(here)
 
 
 def _per_channel(name: str, given: Sequence[float] | None, own: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 HostBatch = dict[str, Any]
 
 
+AHEAD = 2  # batches that wait on the devices
 _PR_SET_PDEATHSIG = 1  # the number of prctl's option
 
 
@@ -227,7 +228,7 @@ class StreamFeed:
         told: set[str],
     ):
         self.waited = 0.0
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=AHEAD)
         self._closing = threading.Event()
         self._thread = threading.Thread(
             name="feed",
@@ -336,8 +337,12 @@ def iterate(reader: Reader, first: int, num_workers: int) -> Iterator[Iterator[H
 
 
 def _begin_worker(worker: int, num_workers: int) -> None:
-    """Makes a worker leave Ctrl-C to the process that trains, and end with it however that ends."""
+    """Makes a worker leave signals to the process that trains, and end with it however that ends.
+
+    Some schedulers send SIGTERM to every process of a task.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from gnp.data.loading import Data
 from gnp.data.pipeline import Batch
 from gnp.training.checkpoint import Checkpoints
-from gnp.training.experiment import make_experiment
+from gnp.training.compilation import compiled
+from gnp.training.experiment import make_experiment, on_one_device
 from gnp.training.sharding import over_batch, replicated
 from gnp.training.state import MetricSums, TrainState, finite, with_average
 from gnp.training.step import cross_entropy, scores
@@ -125,13 +126,13 @@ def _make_sum(
         lambda state: _Total(_first_carry(model, state, batch), jnp.zeros(()), zeros(state)),
         out_shardings=replicated(mesh),
     )(state)
-    compiled = jax.jit(add, out_shardings=replicated(mesh)).lower(state, inputs, first, 0).compile()
+    program = compiled(jax.jit(add, out_shardings=replicated(mesh)).lower(state, inputs, first, 0))
 
     def over_split(state: TrainState) -> _Total:
         total = first
         with contextlib.closing(data.eval_feed(split)) as feed:
             for i in range(batches.num_batches):
-                total = compiled(state, feed.get(total), total, i)
+                total = program(state, feed.get(total), total, i)
         return total
 
     return over_split
@@ -174,11 +175,7 @@ def evaluate_checkpoint(
     Raises:
       UserError: if there is no such checkpoint.
     """
-    config = config.copy_and_resolve_references()
-    # Wherever the run was trained, this may be another machine.
-    config.mesh.update({"data": 1, "fsdp": 1})
-    config.accumulate = 1
-    experiment = make_experiment(config)
+    experiment = make_experiment(on_one_device(config))
     checkpoints = Checkpoints(pathlib.Path(workdir))
     state = checkpoints.restore(experiment.abstract_state(), step)
     checkpoints.close()

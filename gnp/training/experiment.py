@@ -16,6 +16,7 @@ from gnp import data, models
 from gnp.data.loading import Data, load_images, load_text
 from gnp.errors import UserError
 from gnp.training import optimizer as optimizers
+from gnp.training.flops import forward_flops, step_flops
 from gnp.training.sharding import make_mesh, of_state, over_batch, replicated
 from gnp.training.state import MetricSums, TrainState, finite, mean_metrics
 from gnp.training.step import init_state
@@ -55,6 +56,21 @@ class Experiment:
         """A duration, as "10ep", in steps of this run."""
         parsed = gnp_config.parse_duration(duration)
         return parsed.steps(self.steps_per_epoch, self.total_steps)
+
+    def flops(self, first: int, last: int) -> float:
+        """FLOPs of the model's arithmetic in the steps from `first` to before `last`.
+
+        See `flops.step_flops`. A step in which gradient regularization acts takes two gradients.
+        """
+        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.example)
+        words = self.source.unit == "word"
+        forward = forward_flops(self.model, variables, self.example)
+        forward *= self.examples_per_step / (self.example.size if words else 1)
+        gr, second = self.config.gr, 0
+        if gr.policy != "off" and gr.ratio:
+            begin = self.steps(gr.warmup or self.config.lr.warmup) if gr.policy == "zero" else 0
+            second = max(last - max(first, begin), 0)
+        return step_flops(forward, last - first + second)
 
     def load_pretrained(self) -> Any:
         """The variables that `config.model.pretrained` names, None if it names none.
@@ -126,6 +142,14 @@ class Experiment:
 
     def _init(self, pretrained: Any = None) -> TrainState:
         return _init(self.config, self.model, self.optimizer, self.example, pretrained)
+
+
+def on_one_device(config: ConfigDict) -> ConfigDict:
+    """A run's configuration for a look at its checkpoints, which may be on another machine."""
+    config = config.copy_and_resolve_references()
+    config.mesh.update({"data": 1, "fsdp": 1, "rules": ()})
+    config.accumulate = 1
+    return config
 
 
 def make_experiment(config: ConfigDict) -> Experiment:

@@ -17,11 +17,14 @@ from ml_collections import ConfigDict
 
 from gnp.config import difference, from_json
 from gnp.data import Source, TextSource
+from gnp.data.loading import device_memory
 from gnp.errors import UserError
 from gnp.training.checkpoint import Checkpoints
+from gnp.training.compilation import compiled
 from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment
 from gnp.training.files import lock, write_atomically
+from gnp.training.memory_plan import out_of_memory, plan
 from gnp.training.metrics import MetricsWriter, Progress, Row
 from gnp.training.processes import Agreement, errors_shared, is_main, wait_for_all
 from gnp.training.profile import Profiler
@@ -77,9 +80,10 @@ def train(
     Returns:
       What `result.json` holds: "train", "test" and what other splits there are (the last values of
       the metrics), "unit" ("image" or "word"), "steps", "epochs", "wall_time" (seconds),
-      "num_params", "params_sha256", "devices", "command", and "speed": what was learned in a second
-      ("images_per_second") and the share of the time spent waiting for data ("data_wait"), since
-      the run was last started.
+      "num_params", "params_sha256", "devices", "num_devices", "command", and "speed", since the run
+      was last started: what was learned in a second ("images_per_second"), the FLOPs of the
+      model's arithmetic ("flops_per_second"), and the share of the time spent waiting for data
+      ("data_wait"), evaluation and saving left out.
 
     Raises:
       UserError: for a configuration that is wrong, or another one than the directory's run has, or
@@ -105,7 +109,13 @@ def train(
                     "storage that all processes share"
                 )
         profiler = Profiler(workdir / "profile", first=1, num_steps=profile_steps)
-        result = _train(experiment, workdir, pretrained, command, profiler)
+        try:
+            result = _train(experiment, workdir, pretrained, command, profiler)
+        except jax.errors.JaxRuntimeError as error:
+            told = out_of_memory(error, config, num_devices=experiment.mesh.size)
+            if told is None:
+                raise
+            raise told from error
         wait_for_all("the end of the run")
         return result
 
@@ -152,17 +162,23 @@ def _train(
     )
     max_steps = min(config.steps_per_call, total_steps, data.max_steps_per_call or total_steps)
     # Compiled ahead, so that the loop's first step is like any other.
-    train_call = (
-        make_train_call(
-            train_step,
-            data.train_batches,
-            max_steps=max_steps,
-            mesh=experiment.mesh,
-            state_sharding=experiment.state_sharding,
+    traced = make_train_call(
+        train_step,
+        data.train_batches,
+        max_steps=max_steps,
+        mesh=experiment.mesh,
+        state_sharding=experiment.state_sharding,
+    ).trace(state, data.train_input(), max_steps)
+    if is_main():
+        memory = plan(
+            traced.jaxpr,
+            state,
+            num_devices=experiment.mesh.size,
+            data=data.bytes_per_device,
+            device=device_memory(experiment.mesh),
         )
-        .lower(state, data.train_input(), max_steps)
-        .compile()
-    )
+        print(memory, file=sys.stderr, flush=True)
+    train_call = compiled(traced.lower())
     evaluations = {
         split: make_evaluate(experiment.model, data, split, experiment.mesh, state)
         for split in data.eval_batches
@@ -289,6 +305,7 @@ def _train(
             "num_params": num_params(state.params),
             "params_sha256": params_sha256(state.params),
             "devices": _devices(experiment),
+            "num_devices": experiment.mesh.size,
             "command": command,
             "speed": None,
         }
@@ -296,6 +313,7 @@ def _train(
             steps_per_second = (step - first_step) / all_seconds
             result["speed"] = {
                 f"{unit}s_per_second": experiment.examples_per_step * steps_per_second,
+                "flops_per_second": experiment.flops(first_step, step) / all_seconds,
                 "data_wait": feed.waited / all_seconds,
             }
     if is_main():

@@ -315,7 +315,7 @@ def misclassified(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def scores(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """The metrics of each example: "loss", "error" and, of images with more than 5 classes, another.
+    """The metrics of each example: "loss", "error" and, of images of more than 5 classes, a third.
 
     "top5_error" is 1 where five or more classes have larger logits than the (most probable) label.
 
