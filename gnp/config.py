@@ -448,6 +448,11 @@ def validate(config: ConfigDict) -> None:
             f"config.weight_decay.kind is {decay.kind!r} but config.weight_decay.value is 0; set a "
             "value (the papers use 5e-4 scheduled, 0.03 decoupled), or the kind to 'none'"
         )
+    if decay.kind == "none" and decay.exclude:
+        raise UserError(
+            f"config.weight_decay.exclude is {','.join(map(str, decay.exclude))} but "
+            f"config.weight_decay.kind is 'none'; choose a kind ({', '.join(WEIGHT_DECAYS[1:])})"
+        )
     if decay.kind == "none" and decay.value:
         raise UserError(
             f"config.weight_decay.value is {decay.value} but config.weight_decay.kind is 'none'; "

@@ -62,7 +62,12 @@ def main() -> int:
 
     command = shlex.join(sys.orig_argv)
     try:
-        result = train(config, flags.workdir, command=command, profile_steps=flags.profile)
+        result = train(
+            *(config, flags.workdir),
+            command=command,
+            profile_steps=flags.profile,
+            measure_device=True,
+        )
     except Interrupted as stop:
         if is_main():
             print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
@@ -70,7 +75,7 @@ def main() -> int:
     if not is_main():
         return 0
     path = report.write(flags.workdir, command=command)
-    if result["speed"]:
+    if "device_flops_per_second" in (result.get("speed") or {}):
         print(_speed(result, config.dtype))
     print(
         f"test {' '.join(headline(result['test']))}, "
@@ -83,18 +88,12 @@ def main() -> int:
 
 def _speed(result: dict[str, Any], dtype: str) -> str:
     """How fast the run was, against the rate of a matrix product on the same device."""
-    import jax
-
-    from gnp.training.flops import matmul_rate
-
     speed, unit = result["speed"], result["unit"]
-    # The devices that CPUs are said to have share its cores.
-    cpu = jax.default_backend() == "cpu"
-    peak = matmul_rate(dtype, seconds=0.1) * (jax.process_count() if cpu else result["num_devices"])
     rate, flops = speed[f"{unit}s_per_second"], speed["flops_per_second"]
     return (
-        f"{rate:,.0f} {unit}s/s, {flops / 1e9:,.0f} GFLOP/s, {flops / peak:.0%} of a {dtype} "
-        f"matrix product's; {speed['data_wait']:.1%} of the time waiting for data"
+        f"{rate:,.0f} {unit}s/s, {flops / 1e9:,.0f} GFLOP/s, "
+        f"{flops / speed['device_flops_per_second']:.0%} of a {dtype} matrix product's; "
+        f"{speed['data_wait']:.1%} of the time waiting for data"
     )
 
 

@@ -67,4 +67,5 @@ def test_a_recipe(path, argument):
     sizes = {"digits": 8, "ptb": None, "tiny_imagenet": 64}
     size = config.data.image_size or sizes.get(config.data.name, 32)
     models.create(config.model.name, 10, image_size=size, **overrides)
-    optimizers.build(config, steps_per_epoch=100.0, total_steps=round(config.epochs * 100))
+    steps = round(config.epochs * 100)
+    optimizers.build(config, steps_per_epoch=100.0, total_steps=steps, params=dict)

@@ -24,6 +24,7 @@ from gnp.training.compilation import compiled
 from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment
 from gnp.training.files import lock, write_atomically
+from gnp.training.flops import matmul_rate
 from gnp.training.memory_plan import out_of_memory, plan
 from gnp.training.metrics import MetricsWriter, Progress, Row
 from gnp.training.processes import Agreement, errors_shared, is_main, wait_for_all
@@ -60,6 +61,7 @@ def train(
     *,
     command: str | None = None,
     profile_steps: int = 0,
+    measure_device: bool = False,
 ) -> dict[str, Any]:
     """Trains a model, or continues or completes the run in a work directory.
 
@@ -76,14 +78,17 @@ def train(
       workdir: the run's directory; made if it is not there.
       command: the command line, to be noted in `result.json`.
       profile_steps: how many steps to trace, into `profile/` in the work directory.
+      measure_device: whether to measure in the end what a matrix product reaches on the devices,
+        to compare the run with; it takes a second.
 
     Returns:
       What `result.json` holds: "train", "test" and what other splits there are (the last values of
       the metrics), "unit" ("image" or "word"), "steps", "epochs", "wall_time" (seconds),
-      "num_params", "params_sha256", "devices", "num_devices", "command", and "speed", since the run
-      was last started: what was learned in a second ("images_per_second"), the FLOPs of the
-      model's arithmetic ("flops_per_second"), and the share of the time spent waiting for data
-      ("data_wait"), evaluation and saving left out.
+      "num_params", "params_sha256", "devices", "command", and "speed", since the run was last
+      started: what was learned in a second ("images_per_second"), the FLOPs of the
+      model's arithmetic ("flops_per_second", and of a matrix product "device_flops_per_second" if
+      it was measured), and the share of the time spent waiting for data ("data_wait"), evaluation
+      and saving left out.
 
     Raises:
       UserError: for a configuration that is wrong, or another one than the directory's run has, or
@@ -110,7 +115,7 @@ def train(
                 )
         profiler = Profiler(workdir / "profile", first=1, num_steps=profile_steps)
         try:
-            result = _train(experiment, workdir, pretrained, command, profiler)
+            result = _train(experiment, workdir, pretrained, command, profiler, measure_device)
         except jax.errors.JaxRuntimeError as error:
             told = out_of_memory(error, config, num_devices=experiment.mesh.size)
             if told is None:
@@ -126,6 +131,7 @@ def _train(
     pretrained: Any,
     command: str | None,
     profiler: Profiler,
+    measure_device: bool,
 ) -> dict[str, Any]:
     """Trains in a work directory that is this run's."""
     config = experiment.config
@@ -296,7 +302,7 @@ def _train(
             raise
         finally:
             checkpoints.close()
-        result = {
+        result: dict[str, Any] = {
             "steps": total_steps,
             "epochs": total_steps / experiment.steps_per_epoch,
             "wall_time": wall_time_before + time.monotonic() - began,
@@ -305,7 +311,6 @@ def _train(
             "num_params": num_params(state.params),
             "params_sha256": params_sha256(state.params),
             "devices": _devices(experiment),
-            "num_devices": experiment.mesh.size,
             "command": command,
             "speed": None,
         }
@@ -316,6 +321,12 @@ def _train(
                 "flops_per_second": experiment.flops(first_step, step) / all_seconds,
                 "data_wait": feed.waited / all_seconds,
             }
+            if measure_device:
+                # The devices that a CPU is said to have share its cores.
+                cpu = jax.default_backend() == "cpu"
+                count = jax.process_count() if cpu else experiment.mesh.size
+                rate = count * matmul_rate(config.dtype, seconds=0.1)
+                result["speed"]["device_flops_per_second"] = rate
     if is_main():
         write_atomically(result_path, json.dumps(result, indent=2) + "\n")
     return result

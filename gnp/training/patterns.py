@@ -92,14 +92,8 @@ def layers(params: Any) -> Any:
     """
     named = list(zip(_paths(params), (x.shape for x in jax.tree.leaves(params)), strict=True))
     # A norm by itself is no layer: it belongs to the one before it.
-    starts = sorted(
-        {
-            place
-            for path, shape in named
-            for place in _places(path, shape)
-            if len(shape) - _is_stacked(path) > 1
-        }
-    )
+    matrices = [(path, shape) for path, shape in named if len(shape) > 1]
+    starts = sorted({place for path, shape in matrices for place in _places(path, shape)})
 
     def number(path: str, shape: tuple[int, ...]) -> Any:
         numbers = [bisect.bisect(starts, place) - 1 for place in _places(path, shape)]

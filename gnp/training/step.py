@@ -77,10 +77,7 @@ def make_train_step(
                 mutable=list(model_state),
             )
             metrics = {name: x.mean() for name, x in scores(logits, batch["label"]).items()}
-            objective = metrics["loss"]
-            if optimizer.l2:
-                objective += optimizer.l2 / 2 * optax.tree.norm(params, squared=True)
-            return objective, _Pass(metrics, updated)
+            return metrics["loss"] + optimizer.l2_penalty(params), _Pass(metrics, updated)
 
         return jax.grad(loss_fn, has_aux=True)(params)
 
