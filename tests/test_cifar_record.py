@@ -1,4 +1,4 @@
-"""The record's runs are those of `gnp.training.train`, in one program, however often interrupted."""
+"""The record's runs are those of `gnp.training.train`, in one program, interrupted or not."""
 
 import importlib.util
 import json
@@ -146,7 +146,8 @@ def test_one_program_for_all_policies_and_seeds_skips_what_is_not_needed(script,
     program = script.Program(experiment)
     for policy in script.POLICIES:
         for seed in (0, 7):
-            state = program.train(program.init([seed]), [seed], policy, 0, 3)
+            state = program.train(program.init([seed]), [seed], policy, 0, 1)
+            state = program.train(state, [seed], policy, 1, 2)
             (norm,) = gr_state(state).perturbed_grad_norm
             assert (norm > 0) == (policy not in ("off", "zero"))
     assert program.train_call._cache_size() == 1
@@ -216,6 +217,28 @@ def test_killed_between_the_results_and_the_end_of_what_was_under_way(
     assert script.record(experiment, tmp_path, ["off"], 1, 1, never) == rows
     more = script.record(experiment, tmp_path, ["off"], 2, 1, never)
     assert [row["seed"] for row in more] == [0, 1]
+
+
+def test_killed_it_goes_on_from_what_was_saved_last(
+    script, experiment, program, recorded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script, "Program", lambda _: program)
+    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    evaluate, calls = program.evaluate, iter(range(100))
+
+    def fail_later(state):
+        if next(calls) == 4:
+            raise MemoryError
+        return evaluate(state)
+
+    monkeypatch.setattr(program, "evaluate", fail_later)
+    arguments = (experiment, tmp_path, ["zero"], 1, 1, never)
+    with pytest.raises(MemoryError):
+        script.record(*arguments)
+    with np.load(tmp_path / "under_way.npz") as arrays:
+        group = script.Group(**json.loads(str(arrays["group"])))
+    assert 8 <= group.step < 10 and len(group.curves[0]) == 4
+    assert without_times(script.record(*arguments)) == without_times(recorded[:1])
 
 
 @pytest.mark.parametrize(("together", "alone", "chosen"), [(1.0, 2.0, 5), (2.0, 1.0, 1)])
