@@ -1,5 +1,6 @@
 """The benchmarks run and write what they measure. The figures themselves are a quiet machine's."""
 
+import importlib
 import json
 import math
 import os
@@ -127,6 +128,135 @@ def test_data(tmp_path, parts, targets):
     assert {row["name"]: row["target"] for row in rows if "target" in row} == targets
 
 
+TINY = ("--batch_size=8", "--width=8", "--depth=1", "--num_heads=1")
+TASK = "vit_ti at 32, float32, batch 8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "targets"),
+    [
+        pytest.param(["--parts=flops"], {}, id="flops", marks=pytest.mark.slow),
+        pytest.param(
+            ["--parts=loop,methods"],
+            {
+                f"{TASK}: training loop / bare steps": 0.98,
+                f"{TASK}: GR / plain": 2.05,
+                f"{TASK}: zero-warmup, in the warmup / plain": 1.03,
+                f"{TASK}: SWD / AdamW": 1.01,
+            },
+            id="loop",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--compare=torch"],
+            {
+                f"{TASK}: {method}, ours / PyTorch{which}": 1.0
+                for method in ("plain", "SAM")
+                for which in ("", ", of the least times")
+            },
+            id="torch",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_train(tmp_path, flags, targets):
+    if "--compare=torch" in flags:
+        pytest.importorskip("torch")
+    at_least = [f"{TASK}: training loop / bare steps"]
+    rows = rows_of("train", tmp_path / "rows.jsonl", *TINY, *flags, at_least=at_least)
+    assert all(row["value"] > 0 for row in rows)
+    assert {row["name"]: row["target"] for row in rows if "target" in row} == targets
+
+
+def test_a_pod_on_paper(tmp_path):
+    rows = rows_of("train", tmp_path / "rows.jsonl", "--parts=pod")
+    shares = [row["value"] for row in rows if row["unit"] == "% of a step"]
+    assert len(shares) == 3 * 3 * 2  # chips, models, sizes of images
+    assert all(0 < share < 50 for share in shares)
+    given = ("--parts=pod", "--model=vit_b", "--chips=2", "--chip_flops=1e12", "--bandwidth=1e9")
+    rows = rows_of("train", tmp_path / "rows.jsonl", *given)
+    # 2 (n - 1)/n times 4 bytes for each of the parameters, of which the model has 85,152,010.
+    assert next(row["value"] for row in rows if row["unit"] == "ms") == pytest.approx(340.608)
+
+
+@pytest.mark.slow  # four processes
+def test_scaling(tmp_path):
+    """What 8 devices exchange is known: it is met on any machine."""
+    rows = rows_of("train", tmp_path / "rows.jsonl", *TINY, "--parts=scaling")
+    values = {row["name"]: row["value"] for row in rows}
+    for method, sizes in (("plain", 1), ("GR", 2), ("GR, a group a device", 1)):
+        row = next(r for r in rows if r["name"] == f"{TASK}: {method}: arrays exchanged")
+        assert row["met"] and row["value"] == row["target"] == sizes
+        assert values[f"{TASK}: {method}: scalars exchanged"] < 100
+    for devices in (2, 4, 8):
+        assert values[f"{TASK}: a step on {devices} forced devices / on 1"] > 0
+
+
+PROGRAM = """
+  %x = f32[8]{0} parameter(0), metadata={op_name="all-reduce(" }
+  %all-reduce.3 = (f32[2,3]{1,0:T(8,128)}, bf16[10]{0}, /*index=2*/f32[]) all-reduce(%a, %b, %c)
+  %all-gather-start.1 = (f32[4]{0}, f32[32]{0}) all-gather-start(%a), dimensions={0}
+  %all-gather-done.1 = f32[32]{0} all-gather-done(%all-gather-start.1)
+  ROOT %all-to-all = pred[16]{0} all-to-all(%d), dimensions={0}
+  %done = f32[] get-tuple-element(%all-reduce.3), index=2
+"""
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module
+
+
+def test_collectives_of_a_program(scripts):
+    found = scripts("bench_collectives").collectives(PROGRAM)
+    assert found == [("all-reduce", 44, 4), ("all-gather", 128, 0), ("all-to-all", 16, 0)]
+
+
+def test_utilization(scripts, monkeypatch):
+    bench_train = scripts("bench_train")
+    rates = iter([1e9, 3e9])
+    monkeypatch.setattr(bench_train, "matmul_rate", lambda dtype: next(rates))
+    monkeypatch.setattr(scripts("benchmark"), "pairs", lambda *_: [(0.02, 0.01)])
+    case = scripts("train_steps").Case("vit_b", 32, "float32")
+    sizes = {"width": 8, "depth": 1, "num_heads": 1, "batch_size": 8, "rounds": 1, "seconds": 0.0}
+    (rows,) = bench_train.measure_flops(case, sizes)
+    rows = {row.name: row for row in rows}
+    label = "vit_b at 32, float32, batch 8"
+    # Multiply-adds of an image: patches, 2 products with 64 patches and a class token, the head.
+    qkv_and_mlp = 65 * 8 * (3 * 8 + 8 + 2 * 32)
+    adds = 64 * 48 * 8 + qkv_and_mlp + 2 * 65 * 65 * 8 + 8 * 10
+    for method, gradients, seconds in (("plain", 1, 0.01), ("GR", 2, 0.02)):
+        flops = 3 * gradients * 8 * 2 * adds
+        row = rows[f"{label}: {method}"]
+        assert row.value == pytest.approx(flops / seconds / 2e9)
+        assert row.target == 0.6 and row.at_least
+    assert rows[f"{label}: matrix products"].value == pytest.approx(2e-3)
+
+
+def test_a_batch_is_halved_until_it_fits(scripts, monkeypatch, capsys):
+    bench_train = scripts("bench_train")
+    case = scripts("train_steps").Case("vit_ti", 32, "float32")
+    tried = []
+
+    def steps(task, config):
+        tried.append(task.batch_size)
+        if task.batch_size > 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        raise RuntimeError("another")
+
+    monkeypatch.setattr(bench_train, "OurSteps", steps)
+    with pytest.raises(RuntimeError, match="another"):
+        bench_train.times_that_fit(case, 8, {"depth": 1})
+    assert tried == [8, 4, 2]
+    assert "vit_ti at 32: out of memory, trying 2" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):  # a batch that was asked for
+        bench_train.times_that_fit(case, 8, {"depth": 1, "batch_size": 8})
+    with scripts("train_steps").skipped_if_too_large("flops"):
+        raise MemoryError("9 GiB wanted")
+    assert "flops: skipped, out of memory (9 GiB wanted)" in capsys.readouterr().out
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     heads = "model.num_heads 2 does not divide model.width 7"
     for name, flags, message in (
@@ -135,6 +265,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
         ("transforms", ["--width=7", "--num_heads=2"], heads),
         ("models", ["--family=vti"], "unknown family 'vti'; did you mean 'vit'?"),
         ("data", ["--parts=step,jpg"], "unknown part 'jpg'; did you mean 'jpeg'?"),
+        ("train", ["--parts=loop,scal"], "unknown part 'scal'; did you mean 'scaling'?"),
+        ("train", ["--parts=scaling", "--batch_size=12"], "--batch_size is 12, which 8 devices"),
     ):
         done = bench(name, "--quick", *flags)
         assert done.returncode == 2
