@@ -170,6 +170,7 @@ def test_killed_interrupted_and_continued_is_bit_for_bit_the_run_that_was_not(tm
     assert rows == expected_rows
 
 
+@pytest.mark.slow
 def test_a_finished_run_answers_at_once(tmp_path):
     flags = [*TINY, "--config.epochs=1"]
     first, second = train(tmp_path, *flags), train(tmp_path, *flags)

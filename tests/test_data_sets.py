@@ -272,6 +272,7 @@ def test_a_damaged_file_is_left_out(tmp_path, caplog):
         assert (values["train"]["num_examples"], values["test"]["num_examples"]) == (23, 7)
 
 
+@pytest.mark.slow
 def test_kept_and_streamed_agree_without_augmentation(tmp_path):
     """The same evaluation of the same parameters, when normalised alike."""
     root = write_folder(tmp_path / "data")
@@ -317,7 +318,7 @@ def test_what_is_missing_is_told(data, tmp_path, caplog):
 def test_what_does_not_fit_is_streamed_or_refused(data, tmp_path, monkeypatch, capsys):
     from gnp.data import loading
 
-    monkeypatch.setattr(loading, "_memory", lambda sharding: 20_000)
+    monkeypatch.setattr(loading, "device_memory", lambda mesh: 20_000)
     with pytest.raises(UserError, match=r"resident is true, but folder is too large to be kept"):
         train(streamed(data / "folder", data__resident="true"), tmp_path / "kept")
     train(streamed(data / "folder", data__resident="auto", epochs=1), tmp_path / "auto")

@@ -44,10 +44,7 @@ def test_every_family_is_here():
 @pytest.mark.parametrize(
     "family",
     # These take the longest to compile.
-    [
-        pytest.param(f, marks=pytest.mark.slow if f not in ("vit", "resnet", "lstm") else ())
-        for f in FAMILIES
-    ],
+    [pytest.param(f, marks=pytest.mark.slow if f != "resnet" else ()) for f in FAMILIES],
 )
 def test_an_epoch(family, data_dir, tmp_path, monkeypatch, capsys):
     config, sizes = FAMILIES[family]
@@ -84,7 +81,11 @@ def test_an_epoch(family, data_dir, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        ("imagenet_resnet.py:model=resnet18", ["width=4", "depths=1,1"]),
+        pytest.param(
+            "imagenet_resnet.py:model=resnet18",
+            ["width=4", "depths=1,1"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "imagenet_swin.py:gr=off",
             ["width=8", "depths=2", "num_heads=2"],

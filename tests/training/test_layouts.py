@@ -50,8 +50,9 @@ def one(tmp_path_factory):
     return workdir
 
 
-# Sums over the batch in another order: some ulps of float32, grown over 7 steps.
-TOLERANCE = 1e-6
+# Sums over the batch in another order: an ulp of float32 (1e-7) in each gradient, which a group's
+# small norm and 7 steps make up to 40 ulps of the loss.
+TOLERANCE = 5e-6
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ TOLERANCE = 1e-6
     [
         {"mesh__data": 8},
         {"mesh__data": 4, "mesh__fsdp": 2},
-        {"mesh__data": 2, "mesh__fsdp": 2, "accumulate": 4},
+        pytest.param({"mesh__data": 2, "mesh__fsdp": 2, "accumulate": 4}, marks=pytest.mark.slow),
     ],
     ids=["8 x 1", "4 x 2", "2 x 2, accumulated"],
 )
@@ -70,6 +71,7 @@ def test_every_layout_trains_alike(one, tmp_path, layout):
     np.testing.assert_allclose(losses(tmp_path), losses(one), rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_groups_do_not_depend_on_devices(one, tmp_path):
     for devices in (1, 8):
         train(make_config(gr__num_groups=8, mesh__data=devices), tmp_path / str(devices))
@@ -78,6 +80,7 @@ def test_groups_do_not_depend_on_devices(one, tmp_path):
     assert after_warmup[0] != pytest.approx(after_warmup[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_layout(one, tmp_path):
     """Its parameters are cut otherwise than when they were saved."""
     config = make_config(mesh__data=2, mesh__fsdp=4, checkpoint__every="4st")

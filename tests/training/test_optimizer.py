@@ -514,7 +514,11 @@ def test_l2_penalty_is_over_what_is_trained_and_decays():
     [
         ({"optimizer__freeze": "hed"}, "config.optimizer.freeze: 'hed' matches no parameter"),
         (
-            {"weight_decay__exclude": "bias,nrm"},
+            {
+                "weight_decay__exclude": "bias,nrm",
+                "weight_decay__kind": "decoupled",
+                "weight_decay__value": "0.1",
+            },
             "config.weight_decay.exclude: 'nrm' matches no parameter",
         ),
         ({"lr__multipliers": "hed=2"}, "config.lr.multipliers: 'hed' matches no parameter"),
