@@ -104,7 +104,7 @@ def export(
         raise UserError(f"{workdir} has no average of the parameters; train with config.ema.decay")
     experiment = make_experiment(on_one_device(config))
     checkpoints = Checkpoints(pathlib.Path(workdir))
-    state = checkpoints.restore(experiment.abstract_state(), step)
+    state = checkpoints.restore(experiment.abstract_state, step)
     checkpoints.close()
     if average:
         state = with_average(state)

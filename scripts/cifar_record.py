@@ -189,7 +189,7 @@ class Program:
 
 def flops_of_run(experiment: Experiment, policy: str) -> float:
     """The FLOPs of training: three times those of a forward pass for each gradient."""
-    state = experiment.abstract_state()
+    state = experiment.abstract_state
     variables = {"params": state.params, **state.model_state}
     of_image = flops.forward_flops(experiment.model, variables, experiment.example)
     updates, number = jnp.arange(1, experiment.total_steps + 1), POLICIES.index(policy)

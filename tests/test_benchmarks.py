@@ -71,7 +71,10 @@ def test_transforms(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("family", "model"), [("vit", "vit_ti"), ("vgg", "vgg16_bn")])
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [pytest.param("vit", "vit_ti", marks=pytest.mark.slow), ("vgg", "vgg16_bn")],
+)
 def test_models(tmp_path, family, model):
     """Runs only if the block is the same computation as the bare one."""
     rows = rows_of("models", tmp_path / "rows.jsonl", f"--family={family}", "--batch_size=1")
@@ -213,6 +216,7 @@ def test_collectives_of_a_program(scripts):
     assert found == [("all-reduce", 44, 4), ("all-gather", 128, 0), ("all-to-all", 16, 0)]
 
 
+@pytest.mark.slow
 def test_utilization(scripts, monkeypatch):
     bench_train = scripts("bench_train")
     rates = iter([1e9, 3e9])

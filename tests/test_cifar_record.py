@@ -126,7 +126,7 @@ def test_a_run_is_that_of_gnp_train(script, flags, program, recorded, tmp_path):
             assert program.evaluate(state)["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
             checkpoints = Checkpoints(tmp_path / f"{policy}-{seed}")
-            theirs = checkpoints.restore(make_experiment(config).abstract_state()).params
+            theirs = checkpoints.restore(make_experiment(config).abstract_state).params
             checkpoints.close()
             alone = program.train(program.init([seed]), [seed], policy, 0, 15)
             for ours in (state, *program.each(alone)):
@@ -176,7 +176,7 @@ def conditionals(jaxpr):
             yield from conditionals(getattr(inner, "jaxpr", inner))
 
 
-@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize("side_by_side", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupted_after_every_call_it_ends_as_if_it_had_not_been(
     script, experiment, program, recorded, side_by_side, tmp_path, monkeypatch
 ):

@@ -104,7 +104,7 @@ CASES = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if case in ("npz", "imagenet, streamed") else pytest.mark.slow)
+        pytest.param(case, marks=() if case == "imagenet, streamed" else pytest.mark.slow)
         for case in CASES
     ],
 )
@@ -206,7 +206,8 @@ def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path
     assert values["train"]["num_examples"] == 24
 
 
-@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_a_damaged_file_stops_the_run_and_nothing_is_lost(split, tmp_path):
     """It is named, what was learned is saved, and the run goes on when the file is mended.
 

@@ -177,7 +177,7 @@ def evaluate_checkpoint(
     """
     experiment = make_experiment(on_one_device(config))
     checkpoints = Checkpoints(pathlib.Path(workdir))
-    state = checkpoints.restore(experiment.abstract_state(), step)
+    state = checkpoints.restore(experiment.abstract_state, step)
     checkpoints.close()
     data = experiment.load_data()
     values: dict[str, Any] = {"step": int(state.step), "unit": experiment.source.unit}

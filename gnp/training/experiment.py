@@ -26,7 +26,7 @@ from gnp.training.step import init_state
 class Experiment:
     """A configuration's data set (images not yet decoded), model, optimizer and mesh.
 
-    `state_sharding` is how the state lies on the mesh.
+    `abstract_state` has the state's shapes, dtypes and shardings.
     """
 
     config: ConfigDict
@@ -35,7 +35,12 @@ class Experiment:
     optimizer: optimizers.Optimizer
     mesh: Mesh
     total_steps: int
-    state_sharding: Any
+    abstract_state: TrainState
+
+    @property
+    def state_sharding(self) -> Any:
+        """How the state lies on the mesh."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
     @property
     def examples_per_step(self) -> int:
@@ -62,7 +67,8 @@ class Experiment:
 
         See `flops.step_flops`. A step in which gradient regularization acts takes two gradients.
         """
-        variables = jax.eval_shape(self.model.init, jax.random.key(0), self.example)
+        state = self.abstract_state
+        variables = {"params": state.params, **state.model_state}
         words = self.source.unit == "word"
         forward = forward_flops(self.model, variables, self.example)
         forward *= self.examples_per_step / (self.example.size if words else 1)
@@ -91,14 +97,6 @@ class Experiment:
     def init(self, pretrained: Any = None) -> TrainState:
         """The state before the first step, on the devices, from pretrained variables if any."""
         return jax.jit(self._init, out_shardings=self.state_sharding)(pretrained)
-
-    def abstract_state(self) -> TrainState:
-        """The state's shapes, dtypes and shardings, for restoring."""
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(self._init),
-            self.state_sharding,
-        )
 
     def load_data(self) -> Data:
         """Puts the data set onto the devices, or makes ready to stream it."""
@@ -204,8 +202,12 @@ def make_experiment(config: ConfigDict) -> Experiment:
         params=lambda: jax.eval_shape(model.init, jax.random.key(0), example)["params"],
     )
     state = jax.eval_shape(lambda: _init(config, model, optimizer, example))
-    sharding = of_state(state, mesh, min_size=config.mesh.min_size, rules=config.mesh.rules)
-    return Experiment(config, source, model, optimizer, mesh, total_steps, sharding)
+    shardings = of_state(state, mesh, min_size=config.mesh.min_size, rules=config.mesh.rules)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        *(state, shardings),
+    )
+    return Experiment(config, source, model, optimizer, mesh, total_steps, state)
 
 
 def _init(

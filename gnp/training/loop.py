@@ -144,9 +144,7 @@ def _train(
         print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     step = checkpoints.latest_step() or 0
-    state = (
-        checkpoints.restore(experiment.abstract_state()) if step else experiment.init(pretrained)
-    )
+    state = checkpoints.restore(experiment.abstract_state) if step else experiment.init(pretrained)
     with errors_shared():
         data = experiment.load_data()
     writer = MetricsWriter(workdir, step=step, writes=is_main())

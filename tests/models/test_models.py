@@ -135,7 +135,9 @@ def test_the_representatives_are_of_every_file():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in ("googlenet", "swin_t") else ())
+        pytest.param(
+            n, marks=pytest.mark.slow if n in ("googlenet", "swin_t", "cait_xxs12") else ()
+        )
         for n in NARROW
     ],
 )

@@ -67,6 +67,7 @@ def test_forward_against_numpy(pool):
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing():
     """With dropout and stochastic depth: the same loss and gradients, from the same variables."""
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))

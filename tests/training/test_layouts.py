@@ -58,7 +58,7 @@ TOLERANCE = 5e-6
 @pytest.mark.parametrize(
     "layout",
     [
-        {"mesh__data": 8},
+        pytest.param({"mesh__data": 8}, marks=pytest.mark.slow),
         {"mesh__data": 4, "mesh__fsdp": 2},
         pytest.param({"mesh__data": 2, "mesh__fsdp": 2, "accumulate": 4}, marks=pytest.mark.slow),
     ],

@@ -241,6 +241,7 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path, capsys):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_from_pretrained_weights(finished, tmp_path):
     """Of an exported run: it begins where that one ended, and continues without the file."""
     workdir, result = finished
