@@ -16,6 +16,10 @@ flip; one each of the values that it searches: learning rate 1e-3 (of 5e-3, 1e-3
 epochs (of 20, 40, 80), r 0.1 (of 0.05, 0.1), ratio 1 (of 0.8, 1). Ours, since the paper leaves it
 open: patches of 8 × 8, 8 pixels of padding (4 at 32 × 32), a decoupled decay, and clipping at 1.
 augment=heavy adds RandAugment, random erasing, mixup, CutMix and label smoothing.
+
+scale=small with gr=zero on a part of the data, 20 of the 200 classes and 2,000 images: test error
+73.1 % (top-1, one seed) in 107 s on two CPU cores, where 2,000 images are far too few for more.
+scale=paper has not been run.
 """
 
 from ml_collections import ConfigDict
