@@ -50,9 +50,8 @@ def one(tmp_path_factory):
     return workdir
 
 
-# Sums over the batch in another order: an ulp of float32 (1e-7) in each gradient, which a group's
-# small norm and 7 steps make up to 40 ulps of the loss.
-TOLERANCE = 5e-6
+# Sums over the batch in another order: some ulps of float32, grown over 7 steps.
+TOLERANCE = 1e-6
 
 
 @pytest.mark.parametrize(
@@ -69,15 +68,6 @@ def test_every_layout_trains_alike(one, tmp_path, layout):
     devices = layout["mesh__data"] * layout.get("mesh__fsdp", 1)
     assert result["devices"] == f"{jax.devices()[0].device_kind} × {devices}"
     np.testing.assert_allclose(losses(tmp_path), losses(one), rtol=TOLERANCE)
-
-
-@pytest.mark.slow
-def test_groups_do_not_depend_on_devices(one, tmp_path):
-    for devices in (1, 8):
-        train(make_config(gr__num_groups=8, mesh__data=devices), tmp_path / str(devices))
-    np.testing.assert_allclose(losses(tmp_path / "8"), losses(tmp_path / "1"), rtol=TOLERANCE)
-    after_warmup = losses(one)[-1], losses(tmp_path / "1")[-1]
-    assert after_warmup[0] != pytest.approx(after_warmup[1], rel=1e-5)
 
 
 @pytest.mark.slow

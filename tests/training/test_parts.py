@@ -9,6 +9,7 @@ import pytest
 
 from gnp import models, transforms
 from gnp.training.optimizer import Optimizer
+from gnp.training.sharding import make_mesh, over_batch
 from gnp.training.step import cross_entropy, init_state, make_train_step, scores
 
 LR, RADIUS, RATIO = 0.1, 0.5, 0.6
@@ -115,6 +116,16 @@ def test_each_group_is_perturbed_along_its_own_gradient(batch, accumulate):
     # The step's loss, and so what its gradients begin with, is float32.
     assert_close(after.params, expected, rtol=1e-6, atol=1e-9)
     assert float(after.metrics["grad_norm"][0]) == pytest.approx(np.mean(norms), rel=1e-6)
+
+
+def test_groups_do_not_depend_on_devices(batch):
+    """Eight groups on one device, and one on each of eight."""
+    one = run(Net(), make_optimizer(8), batch, num_groups=8)[-1]
+    mesh = make_mesh(8, batch_size=B)
+    placed = jax.device_put(batch, over_batch(mesh))
+    eight = run(Net(), make_optimizer(8), placed, num_groups=8, mesh=mesh)[-1]
+    assert jax.tree.leaves(eight.params)[0].sharding.num_devices == 8
+    assert_close(eight.params, one.params)
 
 
 def test_one_group_is_the_whole_batch(batch):
