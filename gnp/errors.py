@@ -3,13 +3,30 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 4000  # characters of a message; what comes from files may be of any length
+
 
 class UserError(Exception):
     """A mistake of the user's: the message says what is wrong, where, and what would be right.
 
     Command lines show it as one line with exit code 2; any other exception is a programmer's
-    error and keeps its traceback.
+    error and keeps its traceback. The names of files and classes in it may hold anything, so it is
+    made `printable`.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text in one line that a terminal shows as it is.
+
+    Line breaks, terminal codes and the like are written as in Python's literals; of a text that is
+    far too long the middle is left out.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

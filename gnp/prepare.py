@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gnp.command_line import Parser, run
-from gnp.errors import UserError
+from gnp.errors import UserError, printable
 
 if TYPE_CHECKING:
     from gnp.data import Source
@@ -146,7 +146,7 @@ def _split(source: "Source", split: str) -> str:
 
 
 def _classes(source: "Source") -> str:
-    shown = ", ".join(source.classes[:5])
+    shown = printable(", ".join(source.classes[:5]))
     return f"{source.num_classes} ({shown}{', …' if source.num_classes > 5 else ''})"
 
 

@@ -30,6 +30,7 @@ from gnp.errors import UserError
 _DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, ValueError),
     *(NotImplementedError, RuntimeError),  # compressed or encrypted as no genuine file is
+    *(MemoryError, OverflowError),  # of sizes that are none
 )
 
 
@@ -67,6 +68,9 @@ def unpack_zip(path: Path, target: Path, *, max_bytes: int = 4 * 10**9) -> None:
             # The upper half of the attributes is Unix's mode, 0 where the archiver knew none.
             kind = stat.S_IFMT(member.external_attr >> 16)
             if inside[0] != target.name or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise unsafe(path, member.filename)
+            # Others can unpack a few bytes to gigabytes at once.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise unsafe(path, member.filename)
         total = sum(member.file_size for member in members)
         if total > max_bytes:
@@ -110,8 +114,12 @@ def tar_files(
       UserError: if it holds anything but files.
       tarfile.TarError: if it is damaged.
     """
+    end = -1
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
+            if archive.offset <= end:  # a size below 0, and `tarfile` would go round for ever
+                raise tarfile.ReadError(f"{member.name!r} has no size")
+            end = archive.offset
             if member.isdir() and not PurePosixPath(member.name).parts:  # "./"
                 continue
             # No link or device, and none whose bytes are not all in the archive.
@@ -132,7 +140,8 @@ def tar_files(
 def _safe_parts(path: Path, name: str) -> tuple[str, ...]:
     """The parts of a path in the archive `path`, if it stays in the folder it is unpacked to."""
     parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or name.startswith("/") or re.search(r"[\\:\0]", name):
+    safe = parts and ".." not in parts and not name.startswith("/")
+    if not safe or re.search(r"[\\:]", name) or not name.isprintable():
         raise unsafe(path, name)
     return parts
 
@@ -221,6 +230,14 @@ def progress_bar(title: str, total: int | None, done: int = 0) -> tqdm:
         file=sys.stderr,
         dynamic_ncols=True,
     )
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has, or that a container may have of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 def in_bytes(size: int) -> str:

@@ -127,7 +127,9 @@ def readable(
             problem = problem or str(error)
             continue
         return image, ~record.label if problem else record.label, problem
-    raise DamagedError(f"{problem}, and so are the {tries - 1} after it" if tries > 1 else problem)
+    raise DamagedError(
+        f"{problem}, and so are the {tries - 1} after it" if tries > 1 else str(problem)
+    )
 
 
 def refusal(damaged: str, *, skip_damaged: bool) -> UserError:

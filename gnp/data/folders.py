@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from gnp.data.decode import size_of
-from gnp.data.records import DamagedError, Record, Source, fingerprint
+from gnp.data.records import DamagedError, Record, Source, fingerprint, plain
 from gnp.errors import UserError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -68,7 +68,7 @@ class FolderRecords:
     def __getitem__(self, i: int) -> Record:
         path = os.path.join(self.root, self.paths[i])
         try:
-            with open(path, "rb") as file:
+            with open(plain(path), "rb") as file:
                 return Record(file.read(), int(self.labels[i]), path)
         except OSError as error:
             raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
@@ -233,7 +233,7 @@ def _check_classes(name: str, root: Path, classes: Sequence[str]) -> None:
     """Says it if a data set whose classes are known is not whole."""
     if (root / "wnids.txt").is_file() and name == "tiny_imagenet":
         try:
-            listed = (root / "wnids.txt").read_text(encoding="utf-8").split()
+            listed = Path(plain(root / "wnids.txt")).read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {root / 'wnids.txt'}: {error}") from None
         if missing := sorted(set(listed) - set(classes)):
@@ -256,7 +256,7 @@ def _titles(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
     """The classes' names for people: of WordNet's numbers those in `words.txt`, if it is there."""
     titles = {}
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in (root / "words.txt").read_text(encoding="utf-8").splitlines():
+        for line in Path(plain(root / "words.txt")).read_text(encoding="utf-8").splitlines():
             number, _, words = line.partition("\t")
             titles[number] = words.partition(",")[0]
     return tuple(titles.get(name, name) for name in classes)

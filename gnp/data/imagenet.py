@@ -162,21 +162,23 @@ def _val_labels(devkit: Path, images: list[str]) -> str:
     """
     import scipy.io
 
-    texts = {}
+    texts: dict[str, bytes] = {}
+    table, truth = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
     try:
         with tarfile.open(devkit, "r:gz") as archive:
             for member in archive:
-                if member.isreg() and member.size <= 2**24:
+                name = "/".join(PurePosixPath(member.name).parts[-2:])
+                if member.isreg() and name in (table, truth) and 0 <= member.size <= 2**24:
                     file = archive.extractfile(member)
                     assert file is not None  # it is a plain file
-                    texts["/".join(PurePosixPath(member.name).parts[-2:])] = file.read()
+                    texts[name] = file.read()
         # MATLAB's format has nothing that is run when it is read; functions are read as arrays.
         meta = scipy.io.loadmat(
-            io.BytesIO(texts["data/meta.mat"]), variable_names=["synsets"], squeeze_me=True
+            io.BytesIO(texts[table]), variable_names=["synsets"], squeeze_me=True
         )
         synsets = meta["synsets"].reshape(-1)
         names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        lines = texts["data/ILSVRC2012_validation_ground_truth.txt"].split()
+        lines = texts[truth].split()
         classes = [names[int(line)] for line in lines]
         if len(classes) != len(images):
             raise ValueError(f"it has {len(classes)} labels for {len(images)} validation images")

@@ -1,17 +1,23 @@
 """Images and labels in an `.npz` file, which NumPy writes with `np.savez`."""
 
+import math
 import re
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from gnp.data.records import ArrayRecords, Source, first_line
+from gnp.data.archives import host_memory, in_bytes
+from gnp.data.records import MAX_CLASSES, ArrayRecords, Source, first_line, plain
 from gnp.errors import UserError
 
 _SPLITS = {"train": "train", "valid": "validation", "val": "validation", "validation": "validation"}
 _SPLITS["test"] = "test"
-_MAX_CLASSES = 1_000_000
+_HEADERS = {  # of an array in the file, by the version of its format
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _IMAGES, _LABELS = ("images", "image", "x"), ("labels", "label", "y")
 
 _EXPECTED = (
@@ -75,9 +81,10 @@ def open_npz(path: str | None) -> Source:
 def _read(file: Path) -> dict[str, np.ndarray]:
     arrays, what = {}, str(file)
     try:
-        with file.open("rb") as opened:
+        with open(plain(file), "rb") as opened:
             if not zipfile.is_zipfile(opened):
                 raise ValueError("it is no .npz file, or is cut off")
+            _check_sizes(opened)
         with np.load(file, allow_pickle=False) as archive:
             for key in archive.files:
                 what = f"{key} of {file}"
@@ -94,6 +101,31 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {what}: {text}; {_EXPECTED}") from None
 
 
+def _check_sizes(file: IO[bytes]) -> None:
+    """Raises a `ValueError` if the arrays would take more memory than their file can mean."""
+    with zipfile.ZipFile(file) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+        if total > host_memory():
+            raise ValueError(f"its arrays would take {in_bytes(total)}, more than there is memory")
+        for member in archive.infolist():
+            # Others can unpack a few bytes to gigabytes at once.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{member.filename} is compressed as NumPy does not")
+            if not member.filename.endswith(".npy"):
+                continue
+            with archive.open(member) as content:
+                version = np.lib.format.read_magic(content)
+                if version not in _HEADERS:
+                    raise ValueError(f"{member.filename} is of a version for structures")
+                shape, _, dtype = _HEADERS[version](content)
+                needed = content.tell() + math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and needed > member.file_size:
+                raise ValueError(
+                    f"the header of {member.filename} tells of {in_bytes(needed)}, but there are "
+                    f"{in_bytes(member.file_size)}"
+                )
+
+
 def _records(
     file: Path, split: str, image_key: str, label_key: str, arrays: dict[str, np.ndarray]
 ) -> ArrayRecords:
@@ -108,14 +140,14 @@ def _records(
         images = _bytes(file, image_key, images)
     if labels.ndim == 2 and labels.shape[1] == 1:  # as some write them
         labels = labels[:, 0]
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if labels.ndim != 1 or labels.dtype.kind not in "ui":
         raise UserError(f"{label_key} of {file} is {labels.dtype}{list(labels.shape)}; {_EXPECTED}")
     if len(labels) != len(images):
         raise UserError(
             f"{file} has {len(images)} images in {image_key} but {len(labels)} in {label_key}"
         )
-    if not 0 <= labels.min() <= labels.max() < _MAX_CLASSES:
-        place = int(np.argmax((labels < 0) | (labels >= _MAX_CLASSES)))
+    if not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        place = int(np.argmax((labels < 0) | (labels >= MAX_CLASSES)))
         raise UserError(
             f"{label_key}[{place}] of {file} is {labels[place]}; labels are whole numbers from 0"
         )
@@ -124,7 +156,7 @@ def _records(
 
 def _bytes(file: Path, key: str, images: np.ndarray) -> np.ndarray:
     """Other numbers as uint8: whole ones from 0 to 255, or floats that are all from 0 to 1."""
-    if not (np.issubdtype(images.dtype, np.number) and np.isrealobj(images)):
+    if images.dtype.kind not in "uif":
         raise UserError(f"{key} of {file} is {images.dtype}; {_EXPECTED}")
     finite = np.isfinite(images).all(axis=(1, 2, 3))
     if not finite.all():

@@ -1,23 +1,30 @@
 """Examples by number: what every image data set on disk is before anything is decoded."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from gnp.errors import UserError
+from gnp.errors import UserError, printable
+
+MAX_CLASSES = 1_000_000
 
 _log = logging.getLogger(__name__)
 
 
 class DamagedError(Exception):
     """An example that cannot be used; the message says which and why, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Record(NamedTuple):
@@ -216,6 +223,18 @@ def fingerprint(paths: Iterable[str | os.PathLike[str]]) -> str:
         digest.update(os.fsencode(os.path.realpath(path) if os.path.islink(path) else real))
         digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def plain(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The path of a file, or of a link to one.
+
+    Raises:
+      OSError: if there is nothing, or a pipe or a device, which might be read without an end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder is an error anyway
+        raise OSError(errno.EINVAL, "it is no plain file", os.fspath(path))
+    return path
 
 
 def first_line(error: Exception) -> str:

@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gnp.data.decode import refusal
-from gnp.data.records import Records, Source, Subset, in_memory
+from gnp.data.records import Records, Source, Subset, in_memory, plain
 from gnp.data.streaming import EvalReader, HostBatch, default_num_workers, iterate
-from gnp.errors import UserError
+from gnp.errors import UserError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def load(source: Source, *, skip_damaged: bool = False) -> dict[str, Split]:
     splits, home = {}, _home(source)
     for name, records in source.splits.items():
         cache = home and home / _folder(name, records)
-        split = cache and _read(cache, (len(records), *source.image_shape))
+        split = cache and _read(cache, (len(records), *source.image_shape), source.num_classes)
         if not split:
             split = _decode(source, name, records, cache, skip_damaged)
         if split.damaged and not skip_damaged:
@@ -173,18 +173,28 @@ def _folder(name: str, records: Records) -> str:
     return name
 
 
-def _read(cache: Path, shape: tuple[int, ...]) -> Split | None:
+def _read(cache: Path, shape: tuple[int, ...], num_classes: int) -> Split | None:
     """The decoded split as a memory map, None if it is not there or not whole."""
     try:
-        about = json.loads((cache / "split.json").read_text())
-        images = np.load(cache / "images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(cache / "labels.npy", allow_pickle=False)
-        mean, std, damaged = (about[field] for field in ("mean", "std", "damaged"))
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        about = json.loads(Path(plain(cache / "split.json")).read_text())
+        # Maps, so that a header that tells of too much is an error and takes no memory.
+        images, labels = (
+            np.load(plain(cache / name), mmap_mode="r", allow_pickle=False)
+            for name in ("images.npy", "labels.npy")
+        )
+        mean, std = (np.array(about[field], np.float64) for field in ("mean", "std"))
+        damaged = tuple(map(printable, about["damaged"]))
+        classes = np.where(labels < 0, ~labels, labels)
+        whole = (
+            (images.shape, images.dtype) == (shape, np.uint8)
+            and (labels.shape, labels.dtype) == (shape[:1], np.int32)
+            and 0 <= classes.min() <= classes.max() < num_classes
+            and mean.shape == std.shape == shape[-1:]
+            and bool(np.isfinite([mean, std]).all() and (std > 0).all())
+        )
+    except Exception:  # whatever NumPy and json raise; it is decoded again
         return None
-    if images.shape != shape or labels.shape != shape[:1]:
-        return None
-    return Split(images, labels, np.array(mean), np.array(std), tuple(damaged))
+    return Split(images, np.array(labels), mean, std, damaged) if whole else None
 
 
 def _make_folder(cache: Path, stack: contextlib.ExitStack) -> Path | None:

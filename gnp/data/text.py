@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnp.data.pipeline import Batch
+from gnp.data.records import plain
 from gnp.errors import UserError
 
 _FILES = {"train": "train", "validation": "valid", "test": "test"}  # split → as in the file's name
@@ -69,7 +70,7 @@ def open_ptb(data_dir: str | None) -> TextSource:
     for split, name in _FILES.items():
         path = Path(data_dir).expanduser() / f"ptb.{name}.txt"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = Path(plain(path)).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"cannot read {path}: {error.strerror}; config.data.data_dir must be {where}"

@@ -7,6 +7,7 @@ ArrayRecord and TFRecord files are both read by record number. Only downloading 
 import contextlib
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gnp.data.prepare_tfds import prepare_tfds
-from gnp.data.records import DamagedError, Record, Source, fingerprint, first_line
+from gnp.data.records import MAX_CLASSES, DamagedError, Record, Source, fingerprint, first_line
 from gnp.data.tfrecord import TFRecords
 from gnp.errors import UserError
 
@@ -51,8 +52,9 @@ def open_tfds(name: str, data_dir: str | None, others: list[str]) -> Source:
                 raise _unknown(name, root, others, known)
             folder = prepare_tfds(name, root)
         try:
-            builder = tfds.builder_from_directory(folder)
-            info = builder.info
+            _check_files(folder)
+            with _own_features_only():
+                info = tfds.builder_from_directory(folder).info
             _check_name(info, folder, base, version)
             image_key, label_key, shape = _keys(info)
             splits = {
@@ -158,7 +160,8 @@ def _keys(info: Any) -> tuple[str, str, tuple[int, int, int]]:
             isinstance(image, tfds.features.Image)
             and isinstance(label, tfds.features.ClassLabel)
             and image.np_dtype == np.uint8
-            and label.num_classes
+            and 0 < (label.num_classes or 0) <= MAX_CLASSES
+            and image.shape[2] in (None, 1, 3, 4)
         ):
             height, width, channels = image.shape
             return keys[0], keys[1], (height or 0, width or 0, channels or 3)
@@ -201,11 +204,14 @@ class _TFDSRecords:
 
 
 def _records(info: Any, split: str, image_key: str, label_key: str, folder: Path) -> _TFDSRecords:
+    import tensorflow_datasets as tfds
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    paths = [Path(path) for path in info.splits[split].filepaths]
+    paths = [Path(os.path.normpath(path)) for path in info.splits[split].filepaths]
     for path in paths:
-        if not path.exists():
+        if not path.is_relative_to(os.path.normpath(folder)):
+            raise ValueError(f"its file {path} is outside of it")
+        if not path.is_file():
             raise UserError(f"{path} is missing: remove {folder} and prepare {info.name} again")
     is_tfrecord = info.file_format.value == "tfrecord"
     examples: Sequence[bytes] = (
@@ -215,7 +221,38 @@ def _records(info: Any, split: str, image_key: str, label_key: str, folder: Path
         raise ValueError(
             f"{split} has {len(examples)} records, not {info.splits[split].num_examples}"
         )
-    return _TFDSRecords(examples, info.features, image_key, label_key, f"{split} in {folder}")
+    # Of the example no more is read than that.
+    features = tfds.features.FeaturesDict(
+        {key: info.features[key] for key in (image_key, label_key)}
+    )
+    return _TFDSRecords(examples, features, image_key, label_key, f"{split} in {folder}")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises a `ValueError` for anything that is no file: opening a pipe would wait for ever."""
+    for path in folder.iterdir():
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path.name} in it is no plain file")
+
+
+@contextlib.contextmanager
+def _own_features_only() -> Iterator[None]:
+    """Keeps TFDS from importing whatever module `features.json` names as that of a feature."""
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    original = connector.__dict__["cls_from_name"]
+
+    def cls_from_name(cls: Any, name: str) -> Any:
+        if not name.startswith("tensorflow_datasets."):
+            raise ValueError(f"it has a feature {name!r}, which is not one of TFDS's own")
+        return original.__get__(None, cls)(name)
+
+    connector.cls_from_name = classmethod(cls_from_name)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = original
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:

@@ -161,6 +161,10 @@ def load_pretrained(
     if head not in tensors:
         _check_family(name, tensors, str(path))
         raise UserError(f"{path} has no {head}: its model is without a head")
+    if tensors[head].ndim != 1 or not tensors[head].size:
+        raise UserError(
+            f"{path}: {head} has the shape {tensors[head].shape}; it must be one number a class"
+        )
     num_classes = len(tensors[head]) if num_classes is None else num_classes
     model = models.create(name, num_classes, image_size=image_size, **overrides)
     shape = (1, image_size, image_size, channels)
@@ -446,7 +450,7 @@ def _match(
 
 
 def _other_classes(needed: tuple[int, ...], found: tuple[int, ...]) -> bool:
-    return needed[0] != found[0] and needed[1:] == found[1:]
+    return needed[:1] != found[:1] and needed[1:] == found[1:] and len(needed) == len(found)
 
 
 def _check_family(name: str, found: Iterable[str], where: str) -> None:
@@ -506,7 +510,7 @@ def _fits(part: _Part, found: tuple[int, ...]) -> bool:
         return False
     (*leading, rows, features), (*our_leading, our_rows, our_features) = found, part.shape
     same = (leading, features) == (our_leading, our_features)
-    return same and _grid(rows)[1] == _grid(our_rows)[1]
+    return same and _grid(rows)[1] == _grid(our_rows)[1] and rows > 0
 
 
 def _some(names: Iterable[str]) -> str:
