@@ -28,6 +28,7 @@ LR_WARMUPS = ("linear", "constant")
 _REMOVED = ("data.padding",)  # fields that older configurations have
 DATA_RESIDENT = ("auto", "true", "false")
 DATA_ON_DAMAGED = ("stop", "skip")
+ON_NONFINITE = ("stop", "skip", "rollback")
 GR_POLICIES = ("off", "none", "r", "lambda", "zero")
 GR_ESTIMATORS = ("finite_difference", "exact")
 
@@ -47,6 +48,9 @@ def default() -> ConfigDict:
             "steps_per_call": 16,  # at most so many steps run in one call of the compiled program
             "accumulate": 1,  # parts that a batch is gone through in, to save memory
             "clip_norm": placeholder(float),  # the global norm that gradients are clipped to
+            "on_nonfinite": "stop",  # stop, skip, rollback: when loss or gradients are not finite
+            "max_nonfinite": 10,  # steps in a row that are left out, or rollbacks; then it stops
+            "watchdog": 300.0,  # seconds without progress after which all stacks are printed; 0: no
             "model": {
                 "name": "vit_ti",
                 "pretrained": placeholder(str),  # a .safetensors file of timm's to begin from
@@ -130,7 +134,11 @@ def default() -> ConfigDict:
                 "min_size": 65536,  # elements of an array that is divided over fsdp
                 "rules": (),  # PATTERN=AXIS or PATTERN=none: how parameters are divided instead
             },
-            "checkpoint": {"every": "10ep", "keep": 2},
+            "checkpoint": {
+                "every": "10min",  # a duration, or minutes
+                "keep": 2,  # the newest so many
+                "best": placeholder(str),  # and that of the least metric, as validation/error
+            },
             "log": {"every": "1ep"},
             "eval": {"every": "1ep", "batch_size": 256},
         }
@@ -143,28 +151,33 @@ def default() -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-    """A length of training: `value` epochs ("ep"), steps ("st") or percent of the run ("%")."""
+    """A length of training: `value` epochs ("ep"), steps ("st") or percent of the run ("%").
+
+    For saving also minutes ("min"), which are no number of steps.
+    """
 
     value: float
     unit: str
 
     def steps(self, steps_per_epoch: float, total_steps: int) -> int:
         """The duration in steps, to the nearest (at least 1 if the duration is not 0)."""
+        if self.unit == "min":
+            raise ValueError("minutes are no number of steps")
         scale = {"ep": steps_per_epoch, "st": 1.0, "%": total_steps / 100}[self.unit]
         return max(round(self.value * scale), 1) if self.value else 0
 
 
-def parse_duration(text: str) -> Duration:
-    """Reads "40ep" (epochs), "500st" (steps) or "10%" (of the run).
+def parse_duration(text: str, *, minutes: bool = False) -> Duration:
+    """Reads "40ep" (epochs), "500st" (steps), "10%" (of the run) or, where asked, "10min".
 
     Raises:
       UserError: if the text is none of these.
     """
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)(ep|st|%)", str(text))
-    if not match:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)(ep|st|%|min)", str(text))
+    if not match or (match[2] == "min" and not minutes):
         raise UserError(
-            f"{text!r} is no duration: write epochs as '40ep', steps as '500st' or a share of the "
-            "run as '10%'"
+            f"{text!r} is no duration{' of training' if match else ''}: write epochs as '40ep', "
+            "steps as '500st' or a share of the run as '10%'" + minutes * ", or minutes as '10min'"
         )
     return Duration(float(match[1]), match[2])
 
@@ -256,7 +269,10 @@ def from_json(text: str, *, where: str) -> ConfigDict:
         for field, value in _flat(json.loads(text)).items():
             if value is not None and field not in _REMOVED:
                 config.update_from_flattened_dict({field: value})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError),
+        *(RecursionError, OverflowError),  # brackets without an end, numbers too large for a float
+    ) as error:
         raise UserError(f"{where} is not a configuration of this version: {error}") from None
     return config
 
@@ -336,6 +352,7 @@ def validate(config: ConfigDict) -> None:
         "model.name": models.list_models(),
         "data.resident": DATA_RESIDENT,
         "data.on_damaged": DATA_ON_DAMAGED,
+        "on_nonfinite": ON_NONFINITE,
         "optimizer.name": OPTIMIZERS,
         "weight_decay.kind": WEIGHT_DECAYS,
         "lr.schedule": LR_SCHEDULES,
@@ -373,7 +390,7 @@ def validate(config: ConfigDict) -> None:
         *("accumulate", "gr.num_groups", "mesh.fsdp", "mesh.min_size"),
         *("model.patch_size", "model.width", "model.depth", "model.num_heads"),
         *("model.window_size", "model.class_depth", "model.batch_norm_groups"),
-        *("model.growth_rate", "model.embedding_size", "model.hidden_size"),
+        *("model.growth_rate", "model.embedding_size", "model.hidden_size", "max_nonfinite"),
         *("data.image_size", "data.resize", "data.sequence_length", "lr.restart_multiplier"),
     ):
         require(field, lambda x: x >= 1, "1 or more")
@@ -382,7 +399,7 @@ def validate(config: ConfigDict) -> None:
         lambda x: len(x) > 0 and all(isinstance(d, int) and d >= 1 for d in x),
         "a list of whole numbers, 1 or more, as 2,2,6,2",
     )
-    for field in ("weight_decay.value", "gr.radius", "gr.ratio", "data.workers"):
+    for field in ("weight_decay.value", "gr.radius", "gr.ratio", "data.workers", "watchdog"):
         require(field, lambda x: x >= 0, "0 or more")
     for field in (
         *("optimizer.b1", "optimizer.b2", "optimizer.decay", "optimizer.momentum"),
@@ -412,7 +429,7 @@ def validate(config: ConfigDict) -> None:
     for text in config.lr.drops:
         _parse_field("lr.drops", text)
     for field, duration in durations.items():
-        length = {"ep": config.epochs, "st": math.inf, "%": 100}[duration.unit]
+        length = {"ep": config.epochs, "%": 100}.get(duration.unit, math.inf)
         if field.endswith("warmup") and duration.value > length:
             raise UserError(
                 f"config.{field} is {fields[field]!r}, longer than the run of "
@@ -480,7 +497,7 @@ def _check_channels(field: str, values: Sequence[Any], least: float) -> None:
 
 def _parse_field(field: str, text: str) -> Duration:
     try:
-        return parse_duration(text)
+        return parse_duration(text, minutes=field == "checkpoint.every")
     except UserError as error:
         raise UserError(f"config.{field}: {error}") from None
 

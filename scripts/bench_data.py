@@ -292,7 +292,7 @@ def make_stream(source: gnp_data.Source, augment: str, size: int) -> loading.Str
 def seconds_streamed(data: loading.StreamedData, batches: int) -> tuple[float, float]:
     """The wall time until the first batch, and of an image once all workers are under way."""
     start = time.perf_counter()
-    with contextlib.closing(data.train_feed(0)) as feed:
+    with contextlib.closing(data.train_feed(0, 10**6)) as feed:
         jax.block_until_ready(feed.get())
         first = time.perf_counter() - start
         for _ in range(4 * data.num_workers):  # what was made while the last of them began

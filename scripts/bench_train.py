@@ -14,7 +14,10 @@ line every `--seconds`) and progress, as `metrics.jsonl` reports them without it
 those of a bare step of the same model, on a batch that is ready: plain Flax, `optax.adamw`, a loop
 in Python or on the device, whichever is faster here. Then over our own step on a ready batch
 without metrics, and what the metrics cost: that step with them and without, where XLA leaves out
-all that they alone need.
+all that they alone need; and what it costs to leave out steps that are not finite.
+
+saving: what asynchronous checkpoints cost a training run, of its wall time, at one a minute: runs
+with a save after each of `--seconds` and without, the difference a save, over a minute.
 
 methods: times of our steps under gradient regularization (GR) and scheduled weight decay (SWD),
 over plain ones with AdamW or over each other, and over a bare step with `optax.contrib.sam`.
@@ -83,7 +86,7 @@ from gnp.memory import keep_freed_memory
 from gnp.training import Interrupted, train
 from gnp.training.flops import forward_flops, matmul_rate, step_flops
 
-PARTS = ("loop", "methods", "flops", "scaling", "pod")
+PARTS = ("loop", "saving", "methods", "flops", "scaling", "pod")
 LIBRARIES = ("torch",)
 # Of the part flops: models, and the sizes of their images.
 MODELS = {
@@ -147,8 +150,21 @@ class TrainingRuns:
 
     def images_per_second(self, steps: int) -> float:
         """What a run reports, in log lines of so many steps."""
+        rows = self._rows(steps, save_every="100%")
+        return statistics.harmonic_mean([row["images_per_second"] for row in rows[1:]])
+
+    def seconds_of_save(self, steps: int) -> float:
+        """What a save after each log line of so many steps adds to the wall time, a save."""
+        times = []
+        for save_every in (f"{steps}st", "100%"):
+            rows = self._rows(steps, save_every=save_every)
+            times.append(rows[-1]["wall_time"] - rows[0]["wall_time"])
+        return (times[0] - times[1]) / (LOG_LINES - 1)
+
+    def _rows(self, steps: int, *, save_every: str) -> list[dict[str, Any]]:
+        """The log lines of a run."""
         config = self._config.copy_and_resolve_references()
-        config.log.every = f"{steps}st"
+        config.log.every, config.checkpoint.every = f"{steps}st", save_every
         config.epochs = LOG_LINES * steps * self._batch_size / self._count
         with tempfile.TemporaryDirectory(dir=self._home) as workdir:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress
@@ -159,7 +175,7 @@ class TrainingRuns:
             lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if row["split"] == "train"]
         assert len(rows) == LOG_LINES
-        return statistics.harmonic_mean([row["images_per_second"] for row in rows[1:]])
+        return rows
 
 
 def fastest(ways: Sequence[BareSteps], seconds: float) -> BareSteps:
@@ -178,6 +194,9 @@ def measure_loop(task: Task, sizes: Any) -> Iterator[list[Row]]:
     config = make_config()
     ours, silent = (OurSteps(task, config, metrics=metrics) for metrics in (True, False))
     cost = benchmark.pairs(ours, silent, sizes["rounds"], sizes["seconds"])
+    unchecked = OurSteps(task, config, checked=False)
+    check = benchmark.pairs(ours, unchecked, sizes["rounds"], sizes["seconds"])
+    del ours, unchecked
 
     runs = TrainingRuns(task, sizes["home"])
     steps = 1
@@ -198,9 +217,24 @@ def measure_loop(task: Task, sizes: Any) -> Iterator[list[Row]]:
         row(f"{label}: training loop / bare steps", over("bare"), "ratio of images/s", 0.98),
         row(f"{label}: training loop / own steps, no metrics", over("silent"), "ratio of images/s"),
         row(f"{label}: metrics / no metrics", [a / b for a, b in cost], "ratio"),
+        row(f"{label}: checked to be finite / not", [a / b for a, b in check], "ratio"),
         row(f"{label}: training loop", rates["loop"], "images/s"),
         row(f"{label}: bare steps, a loop {where}", rates["bare"], "images/s"),
         row(f"{label}: own steps, no metrics", rates["silent"], "images/s"),
+    ]
+
+
+def measure_saving(task: Task, sizes: Any) -> Iterator[list[Row]]:
+    """The rows of "saving"."""
+    step = OurSteps(task, make_config()).seconds(1)
+    runs = TrainingRuns(task, sizes["home"])
+    steps = max(1, round(sizes["seconds"] / step))
+    costs = [runs.seconds_of_save(steps) for _ in range(sizes["rounds"])]
+    yield [
+        benchmark.row(f"{task.label}: a save", costs, "s"),
+        benchmark.row(
+            f"{task.label}: saves at one a minute", [x / 60 for x in costs], "of the time", 0.02
+        ),
     ]
 
 
@@ -321,7 +355,7 @@ def measurements(parts: Sequence[str], sizes: Any) -> Iterator[tuple[str, Measur
     """
     one: dict[str, Sequence[int]] = {"vit_ti": (32,)}
     on_cpu = jax.default_backend() == "cpu"
-    usual = {"loop": 64 if on_cpu else 256, "methods": 64 if on_cpu else 256}
+    usual = dict.fromkeys(("loop", "saving", "methods"), 64 if on_cpu else 256)
     if "scaling" in parts:
         check_batch_size(sizes.get("batch_size", 64))
     if "torch" in parts:
@@ -348,6 +382,7 @@ def measure_task(part: str, case: Case, batch_size: int, sizes: Any) -> Iterator
     """The rows of a part on one task."""
     measure = {
         "loop": measure_loop,
+        "saving": measure_saving,
         "methods": measure_methods,
         "scaling": measure_scaling,
         "torch": measure_torch,

@@ -36,10 +36,10 @@ from gnp import config as gnp_config
 from gnp import transforms
 from gnp.command_line import Parser, overrides, run
 from gnp.errors import UserError, unknown
+from gnp.files import lock, write_atomically
 from gnp.training import flops
 from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment
-from gnp.training.files import lock, write_atomically
 from gnp.training.optimizer import Optimizer
 from gnp.training.sharding import replicated
 from gnp.training.state import TrainState, mean_metrics, params_sha256
@@ -177,6 +177,7 @@ class Program:
                     log_every=experiment.steps(config.log.every),
                     accumulate=config.accumulate,
                     ema_decay=config.ema.decay,
+                    nonfinite_limit=None,  # a seed that diverges is shown as it is
                 )
                 return train_step(state, batches(seed).batch(data, order[i], step + i))
 

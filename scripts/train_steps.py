@@ -143,6 +143,7 @@ class OurSteps:
       config: as of `make_config`; its `gr.num_groups` too is looked at.
       devices: how many the batch is laid over.
       metrics: whether the step's metrics are computed; without, XLA leaves out all they need.
+      checked: whether a step that is not finite is left out.
       steps_per_call: at most; the task's by default.
     """
 
@@ -153,6 +154,7 @@ class OurSteps:
         *,
         devices: int = 1,
         metrics: bool = True,
+        checked: bool = True,
         steps_per_call: int | None = None,
     ):
         model, mesh = task.model, make_mesh(devices, batch_size=task.batch_size)
@@ -163,7 +165,9 @@ class OurSteps:
             params=lambda: jax.eval_shape(model.init, jax.random.key(0), task.example)["params"],
         )
         step = make_train_step(
-            model, optimizer, seed=0, log_every=100, mesh=mesh, num_groups=config.gr.num_groups
+            *(model, optimizer),
+            **{"seed": 0, "log_every": 100, "mesh": mesh, "num_groups": config.gr.num_groups},
+            nonfinite_limit=1 if checked else None,
         )
         silent = lambda state, batch: step(state, batch).replace(metrics=state.metrics)  # noqa: E731
         self.size = steps_per_call or task.steps_per_call

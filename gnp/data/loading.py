@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gnp.data import resident, streaming
+from gnp.data.archives import host_memory
 from gnp.data.augment import COLOR_OPERATIONS, Operation
 from gnp.data.decode import readable, refusal, stored
 from gnp.data.pipeline import (
@@ -29,7 +29,7 @@ from gnp.data.pipeline import (
 )
 from gnp.data.records import DamagedError, Records, Source, in_memory
 from gnp.data.text import TextEvalBatches, TextSource, TextTrainBatches
-from gnp.errors import UserError
+from gnp.errors import UserError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ResidentData:
         """The split."""
         return self.arrays[split]
 
-    def train_feed(self, step: int) -> streaming.Feed:
+    def train_feed(self, first: int, last: int) -> streaming.Feed:
         """Always the split "train"."""
         return _Always(self.arrays["train"])
 
@@ -143,9 +143,9 @@ class StreamedData:
             "label": shape((batch_size,), jnp.int32),
         }
 
-    def train_feed(self, step: int) -> streaming.Feed:
-        """A batch for each step."""
-        return self._feed(self.train_reader, step)
+    def train_feed(self, first: int, last: int) -> streaming.Feed:
+        """The batches from number `first` to before `last`."""
+        return self._feed(dataclasses.replace(self.train_reader, num_steps=last), first)
 
     def eval_feed(self, split: str) -> streaming.Feed:
         """The split's batches."""
@@ -162,6 +162,17 @@ class StreamedData:
 
 
 Data = ResidentData | StreamedData  # the same to the loop
+
+
+def train_batch(data: Data, step: int) -> Batch:
+    """Training batch number `step`, as the compiled step makes it."""
+    batches: Any = data.train_batches
+
+    def batch(inputs: Batch, step: jax.Array) -> Batch:
+        return batches.batch(inputs, batches.order(step, 1)[0], step)
+
+    with contextlib.closing(data.train_feed(step, step + 1)) as feed:
+        return jax.jit(batch)(feed.get(), step)
 
 
 def load_text(
@@ -348,11 +359,8 @@ def device_memory(mesh: Mesh) -> int:
     limit = (here[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None:
         return int(limit)
-    # CPUs share the machine's memory, or what a container may have of it.
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-        limits.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits) // len(here)
+    # CPUs share the machine's.
+    return host_memory() // len(here)
 
 
 def _per_channel(name: str, given: Sequence[float] | None, own: np.ndarray) -> np.ndarray:
@@ -389,7 +397,7 @@ def _report_missing_classes(source: Source, split: str, labels: np.ndarray) -> N
     present[np.where(labels < 0, ~labels, labels)] = True
     if not present.all():
         missing = np.flatnonzero(~present)
-        names = ", ".join(str(source.classes[i]) for i in missing[:3])
+        names = ", ".join(printable(str(source.classes[i])) for i in missing[:3])
         _log.warning(
             "the split %s has no image of %d of the %d classes (%s%s): if that is not meant, set "
             "config.data.%s to another part of the data",

@@ -35,6 +35,7 @@ def main() -> int:
     import numpy as np
     from matplotlib.figure import Figure
 
+    from gnp.data import loading
     from gnp.data.records import Source
     from gnp.training.experiment import make_experiment
 
@@ -47,17 +48,9 @@ def main() -> int:
             f"--step is {flags.step}; the run has the steps 0 to {experiment.total_steps - 1}"
         )
     data = experiment.load_data()
-    batches: Any = data.train_batches
-    feed = data.train_feed(flags.step)
-    try:
-        batch = jax.device_get(
-            jax.jit(lambda inputs, step: batches.batch(inputs, batches.order(step, 1)[0], step))(
-                feed.get(), flags.step
-            )
-        )
-    finally:
-        feed.close()
+    batch = jax.device_get(loading.train_batch(data, flags.step))
 
+    batches: Any = data.train_batches
     mean, std = batches.preprocessing.mean, batches.preprocessing.std
     pixels = np.clip(batch["input"] * std + mean, 0, 1)
     classes = source.classes

@@ -1,60 +1,404 @@
-"""Checkpoints of the train state, by Orbax."""
+"""Checkpoints of the train state, written by Orbax, and what tells a damaged one.
 
-import pathlib
+A checkpoint is a directory, `checkpoints/<step>`, with Orbax's item "state" and the item "about", a
+JSON object: the format's number, the step, the configuration, and of each array the dtype, the
+shape and a checksum of its values, which does not depend on how it lay on the devices.
+"""
 
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import google_crc32c
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
+from gnp.config import difference
 from gnp.errors import UserError
+from gnp.files import is_remote
+from gnp.training.processes import all_true, errors_shared, is_main, wait_for_all
 from gnp.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+FORMAT = 1  # of what is written; all up to it are read
+_MOST_STEPS = 4096  # checkpoints that are looked at
+_SHOWN = 5  # differences told of a checkpoint that does not fit
 
 
 class Checkpoints:
-    """The checkpoints in a work directory, `checkpoints/<step>`, the newest `keep` of them.
+    """The checkpoints in a work directory.
 
-    Saving is asynchronous and atomic: an interrupted save leaves no checkpoint. With `keep` None
-    they are there to be read; then a `UserError` says if there is none.
+    Saving is asynchronous and atomic: an interrupted save leaves no checkpoint. Every one of
+    several processes makes the same calls.
+
+    Args:
+      workdir: the run's directory.
+      config: the configuration, nested: noted, and compared where a checkpoint does not fit.
+      keep: how many of the newest are kept; None to read only.
+
+    Attributes:
+      best_step: that of a checkpoint that is kept beside the newest, or None.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
-        self._directory = workdir.absolute() / "checkpoints"
-        if keep is None and not self._directory.is_dir():
-            raise UserError(f"no checkpoint in {workdir}; has the run been started?")
-        writes = keep is not None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writes, cleanup_tmp_directories=writes
-        )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        config: Mapping[str, Any] | None = None,
+        keep: int | None = None,
+    ):
+        workdir = epath.Path(workdir)
+        if not is_remote(workdir):
+            workdir = workdir.resolve()
+        self._workdir, self._directory = workdir, workdir / "checkpoints"
+        self._config, self._keep = config or {}, keep
+        self.best_step: int | None = None
+        if keep is None:
+            return
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._saving: epath.Path | None = None
+        _silence_late_writes()
+        with errors_shared():
+            try:
+                if is_main():
+                    self._directory.mkdir(parents=True, exist_ok=True)
+                    self._remove_unfinished()
+            except OSError as error:
+                raise UserError(f"cannot write {self._directory}: {error.strerror}") from None
 
-    def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, the newest first, as the first process sees them."""
+        return sorted(_of_main(_list(self._directory) if is_main() else []), reverse=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """Reads the checkpoint of `step`, by default the newest.
+        """Reads the checkpoint of `step`, by default the newest one that is not damaged.
+
+        A damaged one is told of in a warning and, by a run that writes, moved to `damaged/`.
 
         Args:
           like: the state's shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
-          step: one of the steps there are.
+          step: one of `steps`.
 
         Raises:
-          UserError: if there is no such checkpoint.
+          UserError: if there is no such checkpoint, if it is that of another configuration or of a
+            newer version, or if none can be read.
         """
-        steps = sorted(self._manager.all_steps())
-        if not steps:
-            raise UserError(f"no checkpoint in {self._directory}; has the run been started?")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {self._directory}; there are {steps}")
-        return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        with errors_shared():
+            steps = self.steps()
+            if not steps:
+                raise UserError(f"no checkpoint in {self._directory}; has the run been started?")
+            if step is not None and step not in steps:
+                raise UserError(
+                    f"no checkpoint of step {step} in {self._directory}; there are {steps[::-1]}"
+                )
+        told, damaged = "", []
+        for candidate in steps if step is None else [step]:
+            try:
+                state = self._read(candidate, like)
+            except _DamagedError as error:
+                told = f"the checkpoint {self._directory / str(candidate)} is damaged: {error}"
+                damaged.append(candidate)
+                if step is None:
+                    _log.warning("%s", told)
+                continue
+            if self._keep is not None:
+                for other in damaged:
+                    self._set_aside(other)
+            return state
+        others = [other for other in steps if other != step]
+        raise UserError(
+            f"{told}; there are those of the steps {others[::-1]}"
+            if step is not None
+            else f"no checkpoint of {self._workdir} can be read; the oldest: {told}. Begin again "
+            "in another --workdir, or bring a copy of the folder checkpoints back"
+        )
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begins to save; returns when the state's buffers may be donated."""
-        # Orbax reads host memory in the background, which on a CPU is the donated buffers' own.
-        state = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Begins to save; returns when the state's buffers may be donated.
+
+        Raises:
+          OSError: if this or the save before has failed, as on a full disk; nothing is left of it,
+            and another may be tried.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        if jax.default_backend() == "cpu":
+            # Orbax reads host memory in the background, which is the donated buffers' own.
+            state = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
+        about = _about(step, state, self._config)
+        items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about)}
+        self._saving = self._directory / str(step)
+        with self._failures():
+            self._writer.save(self._saving, args=ocp.args.Composite(**items))
+
+    def check(self) -> None:
+        """Removes old checkpoints when a new one is complete; does not wait for one.
+
+        Raises:
+          OSError: if a save has failed.
+        """
+        with self._failures():
+            self._writer.check_for_errors()
+        if self._saving is not None and self._saving.exists():
+            if is_main():
+                self._remove_old(self._saving)
+            self._saving = None
+
+    def wait(self) -> None:
+        """Returns when the last save is complete.
+
+        Raises:
+          OSError: if it has failed.
+        """
+        with self._failures():
+            self._writer.wait_until_finished()
+        self.check()
+
+    def _read(self, step: int, like: TrainState) -> TrainState:
+        path = self._directory / str(step)
+        about = _attempt(lambda: _read_about(path))
+        self._check_fit(path, about, like)
+        reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        with reader:
+            state = _attempt(lambda: reader.restore(path, args=args)["state"])
+        for name, (*_, checksum) in _arrays(state).items():
+            if checksum != about["arrays"][name][2]:
+                raise _DamagedError(f"the values of {name} are not those that were saved")
+        return state
+
+    def _check_fit(self, path: epath.Path, about: Mapping[str, Any], like: TrainState) -> None:
+        if about["format"] > FORMAT:
+            raise UserError(
+                f"{path} was written by a newer version of gnp (its format is {about['format']}, "
+                f"this version reads up to {FORMAT}); update gnp"
+            )
+        there = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in about["arrays"].items()}
+        here = {name: f"{x.dtype}{list(x.shape)}" for name, x in _named(like).items()}
+        if there == here:
+            return
+        lines = difference(about["config"], self._config) if self._config else []
+        lines += [
+            f"{name}: {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+            for name in sorted({*there, *here})
+            if there.get(name) != here.get(name)
+        ]
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise UserError(
+            f"{path} is not a checkpoint of this configuration: {'; '.join(lines[:_SHOWN])}{more}"
+        )
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint out of the way: a new one of its step may come."""
+        folder = self._workdir / "damaged"
+        if is_main():
+            folder.mkdir(exist_ok=True)
+            (folder / "README").write_text("Checkpoints that could not be read.\n")
+            names = (f"{step}{suffix}" for suffix in ("", *(f".{i}" for i in range(1, 1000))))
+            target = next(folder / name for name in names if not (folder / name).exists())
+            (self._directory / str(step)).rename(target)
+            _log.warning("moved to %s; an older checkpoint is used", target)
+        wait_for_all(f"the damaged checkpoint {step}")
 
     def close(self) -> None:
-        """Returns when the last save is complete."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last save, whether it succeeds or not, and ends Orbax's threads."""
+        with contextlib.suppress(OSError):
+            self.wait()
+        self._writer.close()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Whatever Orbax and its storage raise in here is an `OSError` in one line."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
+            raise OSError(_first_line(error)) from error
+
+    def _remove_unfinished(self) -> None:
+        """Removes what interrupted and failed saves have left."""
+        if is_main() and self._directory.exists():  # a remote folder is there with its first file
+            for path in self._directory.iterdir():
+                if path.name.isdecimal() and not ocp.utils.is_checkpoint_finalized(path):
+                    path.rmtree()  # where there is no renaming
+                elif ".orbax-checkpoint-tmp" in path.name:
+                    path.rmtree()
+
+    def _remove_old(self, new: epath.Path) -> None:
+        """Leaves the newest `keep` checkpoints and the best one."""
+        assert self._keep is not None
+        # Else a power cut might leave neither the old ones nor the new one.
+        if not is_remote(new):
+            _flush(new)
+        for step in sorted(_list(self._directory))[: -self._keep]:
+            if step != self.best_step:
+                (self._directory / str(step)).rmtree()
+
+
+def best_step(rows: Iterable[Mapping[str, Any]], metric: str, steps: Sequence[int]) -> int | None:
+    """Which of the steps has the least value of a metric, as "validation/error", the first if many.
+
+    Args:
+      rows: those of `metrics.jsonl`.
+      metric: a split and one of its values.
+      steps: those that are asked for.
+    """
+    split, name = metric.split("/")
+    values = {
+        row["step"]: row[name]
+        for row in rows
+        if row["split"] == split and row["step"] in steps and row.get(name) is not None
+    }
+    return min(sorted(values), key=lambda step: values[step], default=None)
+
+
+class _DamagedError(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def _attempt(read: Callable[[], Any]) -> Any:
+    """What `read` gives in every process, or a `_DamagedError` in all."""
+    value, told = None, ""
+    try:
+        value = read()
+    except UserError:
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) and "No space" not in str(error):
+            raise  # memory
+        told = _first_line(error)
+    if not all_true(not told):
+        raise _DamagedError(told or "another process cannot read it")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{text[0][:300]}" if text else type(error).__name__
+
+
+def _list(directory: epath.Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    paths = [path for path in directory.iterdir() if re.fullmatch(r"\d{1,9}", path.name)]
+    return [int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path)]
+
+
+def _of_main(numbers: list[int]) -> list[int]:
+    """The numbers that the first process has."""
+    if jax.process_count() == 1:
+        return numbers
+    padded = np.full(_MOST_STEPS, -1, np.int32)
+    padded[: len(numbers)] = numbers[:_MOST_STEPS]
+    shared = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    return [int(x) for x in shared if x >= 0]
+
+
+@functools.cache
+def _silence_late_writes() -> None:
+    """Has an error in the save of an array told once, and not by every other array too.
+
+    Orbax ends its event loop at the first error; TensorStore then finds it closed at the end of
+    each write that is still under way, and hands that to `sys.unraisablehook`.
+    """
+    before = sys.unraisablehook
+
+    def hook(told: Any) -> None:
+        if not (told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"):
+            before(told)
+
+    sys.unraisablehook = hook
+
+
+def _flush(directory: epath.Path) -> None:
+    """Has the files of a directory survive a power cut."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+# --- What a checkpoint tells of itself ----------------------------------------------------------
+
+
+def _about(step: int, state: TrainState, config: Mapping[str, Any]) -> dict[str, Any]:
+    content = {"format": FORMAT, "step": step, "config": config, "arrays": _arrays(state)}
+    return {"content": content, "crc32c": _crc32c(content)}
+
+
+def _read_about(path: epath.Path) -> dict[str, Any]:
+    if (path / "default").exists() and not (path / "about").exists():
+        raise UserError(
+            f"{path} was written by a version of gnp without a format number, which this one does "
+            "not read; finish the run with that version, or begin it again in another --workdir"
+        )
+    about = json.loads((path / "about" / "metadata").read_text())
+    if about["crc32c"] != _crc32c(about["content"]):
+        raise ValueError("its description has another checksum than when it was written")
+    return about["content"]
+
+
+def _crc32c(content: Any) -> int:
+    return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves by their paths, as "params/head/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def _arrays(state: TrainState) -> dict[str, tuple[str, list[int], int]]:
+    """The dtype, the shape and the checksum of each array."""
+    named = _named(state)
+    sums = jax.device_get({name: _checksum(x) for name, x in named.items()})
+    return {
+        name: (str(x.dtype), list(x.shape), int(sums[name]) & 0xFFFFFFFF)
+        for name, x in named.items()
+    }
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Σ_i w_i b_i mod 2³², where b are the values' bits and w_i odd: a flipped bit changes it.
+
+    A sum of whole numbers, the same in any order and on any number of devices.
+    """
+    mesh = getattr(x.sharding, "mesh", None)
+    everywhere = None
+    if mesh is not None and mesh.size > 1:
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return _compiled_checksum(everywhere)(x)
+
+
+@functools.cache
+def _compiled_checksum(sharding: Any) -> Any:
+    def checksum(x: jax.Array) -> jax.Array:
+        if x.dtype == bool:
+            x = x.astype(jnp.uint8)
+        size = x.dtype.itemsize
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(size, 4)}"))
+        bits = bits.astype(jnp.uint32)  # of 64 bits, two on a last axis
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, length in enumerate(bits.shape):
+            place = place * np.uint32(length) + jax.lax.broadcasted_iota(
+                jnp.uint32, bits.shape, axis
+            )
+        return jnp.sum(bits * (place * np.uint32(0x9E3779B1) | np.uint32(1)), dtype=jnp.uint32)
+
+    return jax.jit(checksum, out_shardings=sharding)

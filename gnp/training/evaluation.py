@@ -1,7 +1,6 @@
 """Loss, error and gradient norm over a whole data set."""
 
 import contextlib
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,28 +8,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gnp.data.loading import Data
 from gnp.data.pipeline import Batch
-from gnp.training.checkpoint import Checkpoints
+from gnp.errors import UserError
+from gnp.training.checkpoint import Checkpoints, best_step
 from gnp.training.compilation import compiled
 from gnp.training.experiment import make_experiment, on_one_device
+from gnp.training.metrics import MetricsWriter
 from gnp.training.sharding import over_batch, replicated
 from gnp.training.state import MetricSums, TrainState, finite, with_average
 from gnp.training.step import cross_entropy, scores
+from gnp.training.workdir import essential
+
+_AHEAD = 4  # batches that the devices have been given and not yet worked through
 
 
 def make_evaluate(
     model: nn.Module, data: Data, split: str, mesh: Mesh, state: TrainState
-) -> Callable[[TrainState], MetricSums]:
+) -> Callable[..., MetricSums | None]:
     """Compiles `state -> sums` of the loss and the errors over all examples of a split.
+
+    A second argument, a function, is asked at each batch whether to stop; then the sums are None.
 
     A state with an average of the parameters also gives their sums, as "ema_loss" and so on.
 
-    A call for each batch, one after another without waiting for the devices: XLA's convolutions
-    take 16 times as long in a loop on CPUs.
+    A call for each batch, a few ahead of the devices: XLA's convolutions take 16 times as long in
+    a loop on CPUs.
 
     Args:
       model: the model.
@@ -57,11 +64,17 @@ def make_evaluate(
 
     over_split = _make_sum(add, zeros, model, data, split, mesh, state)
 
-    def evaluate(state: TrainState) -> MetricSums:
-        total = over_split(state)
+    def evaluate(
+        state: TrainState, stopping: Callable[[], bool] = lambda: False
+    ) -> MetricSums | None:
+        total = over_split(state, stopping)
+        if total is None:
+            return None
         sums = {name: (value, total.num_examples) for name, value in total.sums.items()}
         if state.ema is not None:
-            total = over_split(with_average(state))
+            total = over_split(with_average(state), stopping)
+            if total is None:
+                return None
             sums |= {f"ema_{name}": (s, total.num_examples) for name, s in total.sums.items()}
         return sums
 
@@ -97,6 +110,7 @@ def make_grad_norm(
 
     def grad_norm(state: TrainState) -> jax.Array:
         total = over_split(state)
+        assert total is not None
         return optax.tree.norm(total.sums) / total.num_examples
 
     return grad_norm
@@ -118,7 +132,7 @@ def _make_sum(
     split: str,
     mesh: Mesh,
     state: TrainState,
-) -> Callable[[TrainState], _Total]:
+) -> Callable[..., _Total | None]:
     """Compiles `add`, which adds a batch, and calls it for all batches of a split."""
     batches, inputs = data.eval_batches[split], data.eval_input(split)
     batch = jax.eval_shape(batches.batch, inputs, jnp.int32(0))
@@ -128,12 +142,18 @@ def _make_sum(
     )(state)
     program = compiled(jax.jit(add, out_shardings=replicated(mesh)).lower(state, inputs, first, 0))
 
-    def over_split(state: TrainState) -> _Total:
-        total = first
+    def over_split(
+        state: TrainState, stopping: Callable[[], bool] = lambda: False
+    ) -> _Total | None:
+        totals = [first]
         with contextlib.closing(data.eval_feed(split)) as feed:
             for i in range(batches.num_batches):
-                total = program(state, feed.get(total), total, i)
-        return total
+                totals = totals[-_AHEAD:]
+                jax.block_until_ready(totals[0])  # a request to stop must not come too late
+                if stopping():
+                    return None
+                totals.append(program(state, feed.get(totals[-1]), totals[-1], i))
+        return totals[-1]
 
     return over_split
 
@@ -158,7 +178,7 @@ def _first_carry(model: nn.Module, state: TrainState, batch: Batch) -> Any:
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, workdir: str | pathlib.Path, *, step: int | None = None
+    config: ConfigDict, workdir: epath.PathLike, *, step: int | None = None
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on all examples of every split, without augmentation.
 
@@ -176,17 +196,37 @@ def evaluate_checkpoint(
       UserError: if there is no such checkpoint.
     """
     experiment = make_experiment(on_one_device(config))
-    checkpoints = Checkpoints(pathlib.Path(workdir))
+    checkpoints = Checkpoints(workdir, config=essential(config))
     state = checkpoints.restore(experiment.abstract_state, step)
-    checkpoints.close()
     data = experiment.load_data()
     values: dict[str, Any] = {"step": int(state.step), "unit": experiment.source.unit}
     for split in data.eval_batches:
         arguments = experiment.model, data, split, experiment.mesh, state
         sums = make_evaluate(*arguments)(state)
+        assert sums is not None  # nobody asks it to stop
         values[split] = {
             **experiment.mean_metrics(sums),
             "grad_norm": finite(float(make_grad_norm(*arguments)(state))),
             "num_examples": int(sums["loss"][1]),
         }
     return values
+
+
+def find_step(config: ConfigDict, workdir: epath.PathLike, text: str | None) -> int | None:
+    """The step that a command line names: a number, "best", or None for the newest.
+
+    Raises:
+      UserError: if it is none of these, or the run keeps no best checkpoint.
+    """
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if text != "best":
+        raise UserError(f"--step={text}: write the number of a step, or best")
+    metric = config.checkpoint.best
+    if metric is None:
+        raise UserError("--step=best: the run has no config.checkpoint.best to be judged by")
+    rows = MetricsWriter(epath.Path(workdir), step=2**31, writes=False).history
+    step = best_step(rows, metric, Checkpoints(workdir).steps())
+    if step is None:
+        raise UserError(f"--step=best: no checkpoint of {workdir} has been evaluated yet")
+    return step

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from gnp import config as gnp_config
 from gnp import data, models
 from gnp.data.loading import Data, load_images, load_text
-from gnp.errors import UserError
+from gnp.errors import UserError, unknown
 from gnp.training import optimizer as optimizers
 from gnp.training.flops import forward_flops, step_flops
 from gnp.training.sharding import make_mesh, of_state, over_batch, replicated
@@ -207,6 +207,14 @@ def make_experiment(config: ConfigDict) -> Experiment:
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         *(state, shardings),
     )
+    if config.checkpoint.best is not None:
+        known = {"loss", "error", "top5_error"} & {*state.metrics}
+        known |= {"perplexity"} if source.unit == "word" else set()
+        known |= {f"ema_{name}" for name in known} if config.ema.decay is not None else set()
+        splits = [split for split in source.num_examples if split != "train"]
+        metrics = [f"{split}/{name}" for split in splits for name in sorted(known)]
+        if config.checkpoint.best not in metrics:
+            raise unknown("config.checkpoint.best", config.checkpoint.best, metrics)
     return Experiment(config, source, model, optimizer, mesh, total_steps, state)
 
 
@@ -219,6 +227,11 @@ def _init(
 ) -> TrainState:
     ema = config.ema.decay is not None
     return init_state(model, optimizer, example, config.seed, pretrained, ema=ema)
+
+
+def nonfinite_limit(config: ConfigDict) -> int:
+    """How many steps in a row may be not finite before the state stays as it is."""
+    return config.max_nonfinite if config.on_nonfinite == "skip" else 1
 
 
 def _example(config: ConfigDict, source: data.Source | data.TextSource) -> jax.Array:

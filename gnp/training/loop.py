@@ -3,421 +3,603 @@
 import contextlib
 import dataclasses
 import json
-import os
-import pathlib
-import signal
+import logging
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
-from gnp.config import difference, from_json
-from gnp.data import Source, TextSource
+from gnp.config import parse_duration
 from gnp.data.loading import device_memory
 from gnp.errors import UserError
-from gnp.training.checkpoint import Checkpoints
-from gnp.training.compilation import compiled
+from gnp.files import is_remote, lock, write_atomically
+from gnp.training import nonfinite, provenance, workdir
+from gnp.training.checkpoint import Checkpoints, best_step
+from gnp.training.compilation import Compilations, compiled
 from gnp.training.evaluation import make_evaluate
-from gnp.training.experiment import Experiment, make_experiment
-from gnp.training.files import lock, write_atomically
+from gnp.training.experiment import Experiment, make_experiment, nonfinite_limit
 from gnp.training.flops import matmul_rate
 from gnp.training.memory_plan import out_of_memory, plan
 from gnp.training.metrics import MetricsWriter, Progress, Row
-from gnp.training.processes import Agreement, errors_shared, is_main, wait_for_all
+from gnp.training.processes import (
+    Agreement,
+    all_true,
+    errors_shared,
+    is_main,
+    refuse_differences,
+    wait_for_all,
+)
 from gnp.training.profile import Profiler
-from gnp.training.state import MetricSums, num_params, params_sha256
+from gnp.training.state import Report, TrainState, num_params, params_sha256
 from gnp.training.step import make_train_call, make_train_step
+from gnp.training.stopping import Interrupted, stop_requests
+from gnp.training.watchdog import Watchdog
+
+_log = logging.getLogger(__name__)
 
 # A call of the compiled program lasts about so long at most: the time between two movements of the
 # progress bar, and half of what Ctrl-C waits for.
 CALL_SECONDS = 2.0
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; it is saved at `step` and can be continued."""
-
-    def __init__(self, step: int, total_steps: int):
-        super().__init__(f"stopped at step {step} of {total_steps}")
-        self.step, self.total_steps = step, total_steps
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dispatched:
-    """What was asked of the device and not yet waited for."""
-
-    step: int
-    num_steps: int
-    sums: MetricSums
-    log: bool
+# How long after a save that failed, as on a full disk, another is tried; and how often at the end.
+RETRY_SECONDS, LAST_TRIES, LAST_RETRY_SECONDS = 60.0, 3, 5.0
 
 
 def train(
     config: ConfigDict,
-    workdir: str | pathlib.Path,
+    directory: epath.PathLike,
     *,
     command: str | None = None,
     profile_steps: int = 0,
     measure_device: bool = False,
+    on_row: Callable[[Row], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a model, or continues or completes the run in a work directory.
 
     Every one of several processes (`jax.distributed`) calls it with the same arguments; the work
     directory is one that all of them see, and the first process writes it.
 
-    The work directory then holds `config.json`, `metrics.jsonl`, TensorBoard events,
-    `checkpoints/` and, when the run has ended, `result.json`. A run that was interrupted anywhere
-    and is started again ends with the parameters of one that was not, bit for bit (on the same
-    machine and number of devices).
+    The work directory then holds `config.json`, `environment.json` (versions and devices),
+    `metrics.jsonl`, TensorBoard events, `checkpoints/` and, when the run has ended, `result.json`.
+    A run that was interrupted anywhere and is started again ends with the parameters of one that
+    was not, bit for bit (on the same machine and number of devices).
 
     Args:
       config: made from `gnp.config.default()`.
-      workdir: the run's directory; made if it is not there.
+      directory: the run's directory, local or as gs://…; made if it is not there.
       command: the command line, to be noted in `result.json`.
       profile_steps: how many steps to trace, into `profile/` in the work directory.
       measure_device: whether to measure in the end what a matrix product reaches on the devices,
         to compare the run with; it takes a second.
+      on_row: called in the first process with each row of `metrics.jsonl` that is written.
 
     Returns:
       What `result.json` holds: "train", "test" and what other splits there are (the last values of
-      the metrics), "unit" ("image" or "word"), "steps", "epochs", "wall_time" (seconds),
-      "num_params", "params_sha256", "devices", "command", and "speed", since the run was last
-      started: what was learned in a second ("images_per_second"), the FLOPs of the
-      model's arithmetic ("flops_per_second", and of a matrix product "device_flops_per_second" if
-      it was measured), and the share of the time spent waiting for data ("data_wait"), evaluation
-      and saving left out.
+      the metrics), "unit" ("image" or "word"), "steps", "skipped" (steps that were left out),
+      "epochs", "wall_time" (seconds), "num_params", "params_sha256", "devices", "command",
+      "compilations" (of the train step, since the run was last started), and "speed", since then:
+      what was learned in a second ("images_per_second"), the FLOPs of the model's arithmetic
+      ("flops_per_second", and of a matrix product "device_flops_per_second" if it was measured),
+      and the share of the time spent waiting for data ("data_wait"), evaluation and saving left
+      out.
 
     Raises:
-      UserError: for a configuration that is wrong, or another one than the directory's run has, or
-        if another process is training in the directory.
+      UserError: for a configuration that is wrong, or another one than the directory's run has; if
+        another process is training in the directory; if the training came to a loss that is not
+        finite (`config.on_nonfinite`); if its end cannot be saved.
       Interrupted: on the first Ctrl-C or SIGTERM, when the state is saved. A second one ends the
         process at once.
     """
-    workdir = pathlib.Path(workdir)
+    directory = epath.Path(directory)
+    if profile_steps and is_remote(directory):
+        raise UserError(f"a trace cannot be written to {directory}; profile in a local directory")
     with errors_shared():
         experiment = make_experiment(config)
         # Before anything is written; what has a checkpoint does not begin from these weights again.
-        pretrained = None if _has_checkpoint(workdir) else experiment.load_pretrained()
+        begun = workdir.has_checkpoint(directory)
+        pretrained = None if begun else experiment.load_pretrained()
+    made_of = provenance.describe()
+    same = {name: made_of[name] for name in ("packages", "source_sha256", "xla_flags")}
+    refuse_differences({"config": config.to_dict(), **same})
     with contextlib.ExitStack() as stack:
         with errors_shared():
             if is_main():
-                _claim(workdir, config)
-                stack.enter_context(lock(workdir))
-                _check_data(workdir, experiment.source)
+                workdir.make(directory)
+                stack.enter_context(lock(directory))
+                workdir.claim(directory, config)
+                workdir.check_data(directory, experiment.source)
         with errors_shared():
-            if not (workdir / "config.json").exists():
+            if not (directory / "config.json").exists():
                 raise UserError(
-                    f"{workdir} is not what the first process sees there; --workdir must be on "
+                    f"{directory} is not what the first process sees there; --workdir must be on "
                     "storage that all processes share"
                 )
-        profiler = Profiler(workdir / "profile", first=1, num_steps=profile_steps)
-        try:
-            result = _train(experiment, workdir, pretrained, command, profiler, measure_device)
-        except jax.errors.JaxRuntimeError as error:
-            told = out_of_memory(error, config, num_devices=experiment.mesh.size)
-            if told is None:
-                raise
-            raise told from error
+        result = workdir.result(directory)
+        if result is None:
+            try:
+                with _Run(experiment, directory, pretrained, command, on_row) as run:
+                    run.train(profile_steps)
+                    result = run.result(measure_device=measure_device)
+            except jax.errors.JaxRuntimeError as error:
+                told = out_of_memory(error, config, num_devices=experiment.mesh.size)
+                if told is None:
+                    raise
+                raise told from error
         wait_for_all("the end of the run")
         return result
 
 
-def _train(
-    experiment: Experiment,
-    workdir: pathlib.Path,
-    pretrained: Any,
-    command: str | None,
-    profiler: Profiler,
-    measure_device: bool,
-) -> dict[str, Any]:
-    """Trains in a work directory that is this run's."""
-    config = experiment.config
-    result_path = workdir / "result.json"
-    if result_path.exists():
-        return json.loads(result_path.read_text())
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What was asked of the device and not yet waited for."""
 
-    began = time.monotonic()
-    if is_main():
-        print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    step = checkpoints.latest_step() or 0
-    state = checkpoints.restore(experiment.abstract_state) if step else experiment.init(pretrained)
-    with errors_shared():
-        data = experiment.load_data()
-    writer = MetricsWriter(workdir, step=step, writes=is_main())
-    log_every, eval_every, save_every = (
-        experiment.steps(duration)
-        for duration in (config.log.every, config.eval.every, config.checkpoint.every)
-    )
-    total_steps, unit = experiment.total_steps, experiment.source.unit
+    step: int  # that it comes to
+    num_steps: int
+    report: Report
 
-    train_step = make_train_step(
-        experiment.model,
-        experiment.optimizer,
-        seed=config.seed,
-        log_every=log_every,
-        mesh=experiment.mesh,
-        accumulate=config.accumulate,
-        num_groups=config.gr.num_groups,
-        ema_decay=config.ema.decay,
-    )
-    max_steps = min(config.steps_per_call, total_steps, data.max_steps_per_call or total_steps)
-    # Compiled ahead, so that the loop's first step is like any other.
-    traced = make_train_call(
-        train_step,
-        data.train_batches,
-        max_steps=max_steps,
-        mesh=experiment.mesh,
-        state_sharding=experiment.state_sharding,
-    ).trace(state, data.train_input(), max_steps)
-    if is_main():
-        memory = plan(
-            traced.jaxpr,
-            state,
-            num_devices=experiment.mesh.size,
-            data=data.bytes_per_device,
-            device=device_memory(experiment.mesh),
+
+@dataclasses.dataclass
+class _Clock:
+    """Time that the devices spent on training: evaluation and saving are left out."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    waited: float = 0.0  # of the seconds, for data
+
+    def add(self, seconds: float, steps: int, waited: float) -> None:
+        self.seconds += seconds
+        self.steps += steps
+        self.waited += waited
+
+
+class _Run:
+    """A run in a work directory that is its own, from the newest checkpoint on."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: epath.Path,
+        pretrained: Any,
+        command: str | None,
+        on_row: Callable[[Row], None] | None,
+    ):
+        self._began = time.monotonic()
+        self._experiment, self._config = experiment, experiment.config
+        self._directory, self._command = directory, command
+        self._on_row = on_row or (lambda row: None)
+        config = self._config
+        if is_main():
+            print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
+
+        self._checkpoints = Checkpoints(
+            directory, config=workdir.essential(config), keep=config.checkpoint.keep
         )
-        print(memory, file=sys.stderr, flush=True)
-    train_call = compiled(traced.lower())
-    evaluations = {
-        split: make_evaluate(experiment.model, data, split, experiment.mesh, state)
-        for split in data.eval_batches
-        if split != "train"
-    }
+        self._first_state = lambda: experiment.init(pretrained)
+        self._state = self._restored()
+        self._step = self._first_step = int(self._state.step)
+        self._data = experiment.load_data()
+        self._writer = MetricsWriter(directory, step=self._step, writes=is_main())
+        self._wall_time_before = self._writer.wall_time
+        if is_main():
+            mesh = experiment.mesh
+            for line in provenance.record(directory, step=self._step, command=command, mesh=mesh):
+                _log.warning("the run is continued with %s: it may round otherwise", line)
 
-    progress = Progress(
-        total_steps=total_steps,
-        steps_per_epoch=experiment.steps_per_epoch,
-        step=step,
-        shown=is_main(),
-    )
-    progress.say(
-        _summary(experiment, data.about, num_params(state.params), time.monotonic() - began, step)
-    )
-    wall_time_before = writer.wall_time
-    training_seconds, training_steps, waited = 0.0, 0, 0.0
-    all_seconds, first_step, saved_step = 0.0, step, step
-    device_free = time.monotonic()
-    seconds_per_step = CALL_SECONDS  # not known before the first call, which is of one step
-    agreement = Agreement(experiment.mesh, (False, seconds_per_step))
+        self._log_every, self._eval_every = (
+            experiment.steps(duration) for duration in (config.log.every, config.eval.every)
+        )
+        every = parse_duration(config.checkpoint.every, minutes=True)
+        self._save_seconds = 60 * every.value if every.unit == "min" else None
+        self._save_every = None if self._save_seconds else experiment.steps(config.checkpoint.every)
+        self._saved_at = time.monotonic()
+        self._saved_step: int | None = self._step if self._step else None
+        self._retry_at: float | None = None
+        self._failure: OSError | None = None  # of the last save
+        self._update_best()
 
-    def write(split: str, step: int, values: dict[str, float | None]) -> Row:
+        with Compilations() as self._compilations:
+            self._compile()
+        self._clock, self._since_log = _Clock(), _Clock()
+        self._device_free = time.monotonic()
+        self._seconds_per_step = CALL_SECONDS  # not known before the first call, of one step
+        self._agreement = Agreement(experiment.mesh, (0, 0, self._seconds_per_step))
+        self._skipped, self._rollbacks, self._furthest = int(self._state.nonfinite.total), 0, 0
+        self._progress = Progress(
+            total_steps=experiment.total_steps,
+            steps_per_epoch=experiment.steps_per_epoch,
+            step=self._step,
+            shown=is_main(),
+        )
+        self._progress.say(self._summary())
+
+    def _restored(self) -> TrainState:
+        if not self._checkpoints.steps():
+            return self._first_state()
+        return self._checkpoints.restore(self._experiment.abstract_state)
+
+    def _compile(self) -> None:
+        """Compiles all programs ahead, so that the loop's first step is like any other."""
+        experiment, config, data = self._experiment, self._config, self._data
+        train_step = make_train_step(
+            experiment.model,
+            experiment.optimizer,
+            seed=config.seed,
+            log_every=self._log_every,
+            mesh=experiment.mesh,
+            accumulate=config.accumulate,
+            num_groups=config.gr.num_groups,
+            ema_decay=config.ema.decay,
+            nonfinite_limit=nonfinite_limit(config),
+        )
+        total_steps = experiment.total_steps
+        self._max_steps = min(
+            config.steps_per_call, total_steps, data.max_steps_per_call or total_steps
+        )
+        traced = make_train_call(
+            train_step,
+            data.train_batches,
+            max_steps=self._max_steps,
+            mesh=experiment.mesh,
+            state_sharding=experiment.state_sharding,
+        ).trace(self._state, data.train_input(), self._max_steps)
+        if is_main():
+            memory = plan(
+                traced.jaxpr,
+                self._state,
+                num_devices=experiment.mesh.size,
+                data=data.bytes_per_device,
+                device=device_memory(experiment.mesh),
+            )
+            print(memory, file=sys.stderr, flush=True)
+        self._train_call = compiled(traced.lower())
+        self._evaluations = {
+            split: make_evaluate(experiment.model, data, split, experiment.mesh, self._state)
+            for split in data.eval_batches
+            if split != "train"
+        }
+
+    def train(self, profile_steps: int) -> None:
+        """Goes on to the last step."""
+        profiler = Profiler(self._directory / "profile", first=1, num_steps=profile_steps)
+        with (
+            contextlib.closing(profiler),
+            stop_requests() as self._stop,
+            Watchdog(self._config.watchdog) as self._watchdog,
+            self._compilations,
+        ):
+            self._profiler = profiler
+            while True:
+                try:
+                    with self._feed():
+                        self._train()
+                        self._save_the_end()
+                    return
+                except nonfinite.NonFiniteError as error:
+                    self._go_back(error)
+
+    @contextlib.contextmanager
+    def _feed(self) -> Iterator[None]:
+        """The training batches that the state has not yet seen."""
+        first = int(self._state.data_step)
+        last = first + self._experiment.total_steps - self._step
+        self._waited = 0.0
+        with contextlib.closing(self._data.train_feed(first, last)) as self._batches:
+            yield
+
+    def _train(self) -> None:
+        """Calls the compiled program until the last step; evaluates and saves in between."""
+        total_steps = self._experiment.total_steps
+        # The device always has the next call to do while the host writes what the last one did.
+        waiting: _Call | None = None
+        try:
+            self._between_calls([])  # what was left to do when the run was interrupted
+            while self._step < total_steps:
+                call = self._dispatch(waiting)
+                if waiting is not None:
+                    self._progress.show(waiting.step, self._finish(waiting))
+                waiting = call
+                # Asked once: what is then raised must have been saved.
+                stopping, wanted, self._seconds_per_step = self._agreement.exchange(
+                    self._stop.exit_code, self._save_wanted(), self._seconds_per_step
+                )
+                if stopping or wanted or self._is_due(self._eval_every, self._save_every):
+                    rows, waiting = self._finish(waiting), None
+                    self._between_calls(rows, stopping=int(stopping), save=bool(wanted))
+        except UserError:  # of the data; what has been learned is kept
+            if jax.process_count() == 1:  # others would not save with it
+                if waiting is not None:
+                    self._progress.show(waiting.step, self._finish(waiting))
+                self._save()
+            raise
+
+    def _dispatch(self, waiting: _Call | None) -> _Call:
+        """Begins the next call of the compiled program."""
+        longest = min(self._max_steps, max(int(CALL_SECONDS / self._seconds_per_step), 1))
+        everies = (self._log_every, self._eval_every, self._save_every)
+        until = min(
+            self._step + longest,
+            self._experiment.total_steps,
+            *((self._step // every + 1) * every for every in everies if every),
+        )
+        self._watchdog.alive(f"waiting for the data of step {self._step + 1}")
+        inputs = self._batches.get(waiting and waiting.report)
+        self._watchdog.alive(f"training to step {until}")
+        self._profiler.at(self._step - self._first_step, waiting and waiting.report)
+        num_steps, self._step = until - self._step, until
+        self._state, report = self._train_call(self._state, inputs, num_steps)
+        return _Call(until, num_steps, report)
+
+    def _finish(self, call: _Call) -> list[Row]:
+        """Waits for a call, and writes and gives what it has to say.
+
+        Raises:
+          NonFiniteError: if a step failed after which none may be left out any more.
+        """
+        jax.block_until_ready(call.report)
+        now = time.monotonic()
+        seconds, self._device_free = now - self._device_free, now
+        self._seconds_per_step = seconds / call.num_steps
+        waited, self._waited = self._batches.waited - self._waited, self._batches.waited
+        for clock in (self._clock, self._since_log):
+            clock.add(seconds, call.num_steps, waited)
+        in_a_row, skipped = (int(x) for x in call.report.nonfinite)
+        if in_a_row >= nonfinite_limit(self._config):
+            raise nonfinite.NonFiniteError
+        if skipped > self._skipped:
+            _log.warning(
+                "up to step %d: %d not finite, left out (%d so far)",
+                *(call.step, skipped - self._skipped, skipped),
+            )
+            self._skipped = skipped
+        rows = []
+        if call.step % self._log_every == 0 or call.step == self._experiment.total_steps:
+            values = self._experiment.mean_metrics(call.report.metrics)
+            if self._config.on_nonfinite != "skip":
+                del values["skipped"]
+            unit, clock = self._experiment.source.unit, self._since_log
+            examples = clock.steps * self._experiment.examples_per_step
+            values[f"{unit}s_per_second"] = examples / clock.seconds
+            if self._data.max_steps_per_call is not None:
+                values["data_wait"] = clock.waited / clock.seconds
+            rows.append(self._write("train", call.step, values))
+            self._since_log = _Clock()
+        return rows
+
+    def _is_due(self, *everies: int | None) -> bool:
+        last = self._step == self._experiment.total_steps
+        return last or any(every and self._step % every == 0 for every in everies)
+
+    def _between_calls(self, rows: list[Row], *, stopping: int = 0, save: bool = False) -> None:
+        """Evaluates, saves and stops, whatever of it is due; `rows` are those of the last call."""
+        if self._step and self._is_due(self._eval_every) and not stopping:
+            stopping, more = self._evaluate()
+            save, rows = save or self._update_best(), rows + more
+        self._progress.show(self._step, rows)
+        if stopping or save or (self._step and self._is_due(self._save_every)):
+            self._save()
+        if stopping and self._step < self._experiment.total_steps:
+            with contextlib.suppress(OSError):
+                self._checkpoints.wait()
+            raise Interrupted(
+                self._step,
+                self._experiment.total_steps,
+                saved_step=max(self._checkpoints.steps(), default=None),
+                exit_code=stopping,
+            )
+        self._device_free = time.monotonic()
+
+    def _evaluate(self) -> tuple[int, list[Row]]:
+        """Evaluates the splits that have no row of this step yet, and writes and gives theirs.
+
+        The first number is not 0 if the run is to stop; then not all splits have been evaluated.
+        """
+        exit_code = 0
+        rows: list[Row] = []
+
+        def stopping() -> bool:
+            nonlocal exit_code
+            self._watchdog.alive(f"evaluating at step {self._step}")
+            votes = self._agreement.exchange(self._stop.exit_code, 0, self._seconds_per_step)
+            exit_code = int(votes[0])
+            return bool(exit_code)
+
+        for split, evaluate in self._evaluations.items():
+            if self._writer.last.get(split, {}).get("step") == self._step:
+                continue
+            sums = evaluate(self._state, stopping)
+            if sums is None:
+                return exit_code, rows
+            rows.append(self._write(split, self._step, self._experiment.mean_metrics(sums)))
+        return 0, rows
+
+    def _update_best(self) -> bool:
+        """Has the best checkpoint kept; whether that is the one of this step."""
+        metric = self._config.checkpoint.best
+        if metric is None:
+            return False
+        steps = [*self._checkpoints.steps(), self._step]
+        best = best_step(self._writer.history, metric, steps)
+        self._checkpoints.best_step = best
+        return best == self._step
+
+    def _save_wanted(self) -> bool:
+        """Whether it is time to save again, and news of a save that has failed meanwhile."""
+        try:
+            self._checkpoints.check()
+        except OSError as error:
+            self._save_failed(error)
+        now = time.monotonic()
+        if self._retry_at is not None:
+            return now >= self._retry_at
+        return self._save_seconds is not None and now >= self._saved_at + self._save_seconds
+
+    def _save(self) -> None:
+        """Begins to save the state. If it fails, the run goes on, and it is tried again."""
+        self._watchdog.alive(f"saving step {self._step}")
+        failure: OSError | None = None
+        try:
+            self._writer.sync()  # no checkpoint without its rows
+        except OSError as error:
+            failure = error
+        if all_true(failure is None):
+            try:
+                self._checkpoints.save(self._step, self._state)
+            except OSError as error:
+                failure = error
+        self._saved_at, self._retry_at = time.monotonic(), None
+        if failure is not None:
+            self._save_failed(failure)
+
+    def _save_failed(self, error: OSError) -> None:
+        self._failure, self._retry_at = error, time.monotonic() + RETRY_SECONDS
+        _log.warning("could not save (%s); it is tried again within %.0f s", error, RETRY_SECONDS)
+
+    def _save_the_end(self) -> None:
+        """Returns when the last state is saved.
+
+        Raises:
+          UserError: if it cannot be.
+        """
+        for tries_left in reversed(range(LAST_TRIES + 1)):
+            try:
+                self._checkpoints.wait()
+            except OSError as error:
+                self._save_failed(error)
+            if self._step in self._checkpoints.steps():
+                return
+            if tries_left:
+                time.sleep(LAST_RETRY_SECONDS)
+                self._save()
+        newest = max(self._checkpoints.steps(), default=0)
+        raise UserError(
+            f"the training has come to its end, step {self._step}, but that cannot be saved "
+            f"({self._failure}); the newest checkpoint is that of step {newest}. Make room in "
+            f"{self._directory} and start the same command again"
+        )
+
+    def _go_back(self, error: nonfinite.NonFiniteError) -> None:
+        """Goes back to the newest checkpoint, with other batches, or tells why not."""
+        config = self._config
+        # The state has stayed where it was before the step that failed.
+        state, failed = self._state, int(self._state.step) + 1
+        batch = int(state.data_step)
+        self._rollbacks = 0 if failed > self._furthest else self._rollbacks
+        self._furthest = max(failed, self._furthest)
+        if config.on_nonfinite == "rollback" and self._rollbacks < config.max_nonfinite:
+            self._rollbacks += 1
+            with contextlib.suppress(OSError):
+                self._checkpoints.wait()
+            # As PaLM's training did: other batches follow, beginning after the one that failed.
+            state = self._restored()
+            self._state = nonfinite.with_batches_from(state, batch + 1)
+            self._step = int(state.step)
+            self._writer.rewind(self._step)
+            self._skipped = int(state.nonfinite.total)
+            self._since_log = _Clock()
+            _log.warning(
+                "step %d: the loss or a gradient is not finite; back to step %d, and on with the "
+                "batches after number %d",
+                *(failed, self._step, batch),
+            )
+            return
+        self._step, self._state = failed - 1, nonfinite.ready_to_go_on(state)
+        path = nonfinite.save(self._directory, self._data, state)
+        self._save()
+        with contextlib.suppress(OSError):
+            self._checkpoints.wait()
+        tried = ""
+        if config.on_nonfinite == "skip":
+            tried = f" ({config.max_nonfinite} steps in a row)"
+        elif self._rollbacks:
+            tried = f" (after {self._rollbacks} rollbacks)"
+        raise UserError(
+            f"step {failed}: the loss or a gradient is not finite{tried}; the state before it is "
+            f"the checkpoint of step {self._step}, its batch is {path} "
+            "(gnp.training.nonfinite.load reads both). A lower config.lr.base or config.clip_norm "
+            "may help, or continue with --config.on_nonfinite=skip or rollback"
+        ) from error
+
+    def _write(self, split: str, step: int, values: dict[str, float | None]) -> Row:
         row = {
             "step": step,
-            "epoch": step / experiment.steps_per_epoch,
-            "wall_time": wall_time_before + time.monotonic() - began,
+            "epoch": step / self._experiment.steps_per_epoch,
+            "wall_time": self._wall_time,
             "split": split,
             **values,
         }
-        writer.write(row)
+        self._writer.write(row)
+        if is_main():
+            self._on_row(row)
         return row
 
-    def finish(call: _Dispatched) -> list[Row]:
-        """Waits for a call and writes what it has to say."""
-        nonlocal training_seconds, training_steps, waited, device_free, seconds_per_step
-        nonlocal all_seconds
-        jax.block_until_ready(call.sums)
-        now = time.monotonic()
-        training_seconds += now - device_free
-        all_seconds += now - device_free
-        training_steps += call.num_steps
-        seconds_per_step = (now - device_free) / call.num_steps
-        device_free = now
-        rows = []
-        if call.log:
-            rate = training_steps * experiment.examples_per_step / training_seconds
-            values = experiment.mean_metrics(call.sums) | {f"{unit}s_per_second": rate}
-            if data.max_steps_per_call is not None:
-                values["data_wait"] = (feed.waited - waited) / training_seconds
-            rows.append(write("train", call.step, values))
-            training_seconds, training_steps, waited = 0.0, 0, feed.waited
-        return rows
+    @property
+    def _wall_time(self) -> float:
+        return self._wall_time_before + time.monotonic() - self._began
 
-    def evaluate() -> list[Row]:
-        """Evaluates the state and writes what comes out."""
-        nonlocal device_free
-        rows = [
-            write(split, step, experiment.mean_metrics(over_split(state)))
-            for split, over_split in evaluations.items()
-        ]
-        device_free = time.monotonic()
-        return rows
-
-    def save() -> None:
-        nonlocal device_free, saved_step
-        writer.sync()
-        checkpoints.save(step, state)
-        saved_step = step
-        device_free = time.monotonic()
-
-    with (
-        contextlib.closing(progress),
-        contextlib.closing(writer),
-        contextlib.closing(data.train_feed(step)) as feed,
-        contextlib.closing(profiler),
-        _stop_requests() as stop,
-    ):
-        # The device always has the next call to do while the host writes what the last one did.
-        waiting: _Dispatched | None = None
-        try:
-            while step < total_steps:
-                longest = min(max_steps, max(int(CALL_SECONDS / seconds_per_step), 1))
-                until = min(
-                    step + longest,
-                    total_steps,
-                    *((step // every + 1) * every for every in (log_every, eval_every, save_every)),
-                )
-                inputs = feed.get(waiting and waiting.sums)
-                profiler.at(step - first_step, waiting and waiting.sums)
-                num_steps, step = until - step, until
-                state, sums = train_call(state, inputs, num_steps)
-                if waiting is not None:
-                    progress.show(waiting.step, finish(waiting))
-                last = step == total_steps
-                waiting = _Dispatched(step, num_steps, sums, last or step % log_every == 0)
-                # Asked once: what is then raised must have been saved.
-                stopping, seconds_per_step = agreement.exchange(stop.is_set(), seconds_per_step)
-                evaluating = last or step % eval_every == 0
-                saving = last or step % save_every == 0 or stopping
-                if evaluating or saving:
-                    rows, waiting = finish(waiting), None
-                    if evaluating:
-                        rows += evaluate()
-                    progress.show(step, rows)
-                if saving:
-                    save()
-                if stopping and not last:
-                    raise Interrupted(step, total_steps)
-        except UserError:  # of the data; what has been learned is kept
-            if waiting is not None:
-                progress.show(step, finish(waiting))
-            if step != saved_step and jax.process_count() == 1:  # others would not save with it
-                save()
-            raise
-        finally:
-            checkpoints.close()
-        result: dict[str, Any] = {
-            "steps": total_steps,
-            "epochs": total_steps / experiment.steps_per_epoch,
-            "wall_time": wall_time_before + time.monotonic() - began,
+    def result(self, *, measure_device: bool) -> dict[str, Any]:
+        """What the finished run has come to; also written to `result.json`."""
+        experiment, clock = self._experiment, self._clock
+        unit, params = experiment.source.unit, self._state.params
+        found: dict[str, Any] = {
+            "steps": experiment.total_steps,
+            "skipped": self._skipped,
+            "epochs": experiment.total_steps / experiment.steps_per_epoch,
+            "wall_time": self._wall_time,
             "unit": unit,
-            **writer.last,
-            "num_params": num_params(state.params),
-            "params_sha256": params_sha256(state.params),
+            **self._writer.last,
+            "num_params": num_params(params),
+            "params_sha256": params_sha256(params),
             "devices": _devices(experiment),
-            "command": command,
+            "command": self._command,
+            "compilations": self._compilations.of("train_call"),
             "speed": None,
         }
-        if step > first_step:
-            steps_per_second = (step - first_step) / all_seconds
-            result["speed"] = {
-                f"{unit}s_per_second": experiment.examples_per_step * steps_per_second,
-                "flops_per_second": experiment.flops(first_step, step) / all_seconds,
-                "data_wait": feed.waited / all_seconds,
+        if clock.steps:
+            flops = experiment.flops(self._first_step, experiment.total_steps)
+            found["speed"] = {
+                f"{unit}s_per_second": clock.steps * experiment.examples_per_step / clock.seconds,
+                "flops_per_second": flops / clock.seconds,
+                "data_wait": clock.waited / clock.seconds,
             }
             if measure_device:
                 # The devices that a CPU is said to have share its cores.
                 cpu = jax.default_backend() == "cpu"
                 count = jax.process_count() if cpu else experiment.mesh.size
-                rate = count * matmul_rate(config.dtype, seconds=0.1)
-                result["speed"]["device_flops_per_second"] = rate
-    if is_main():
-        write_atomically(result_path, json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Makes the work directory this configuration's, or says why it cannot be."""
-    path = workdir / "config.json"
-    text = json.dumps(config.to_dict(), indent=2)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            # A field that an older version did not have is at its default.
-            there = from_json(path.read_text(), where=str(path))
-            changed = difference(_essential(there), _essential(config))
-            metrics = workdir / "metrics.jsonl"
-            logged = metrics.exists() and metrics.stat().st_size
-            begun = logged or _has_checkpoint(workdir)  # else it made no step worth keeping
-            if changed and begun:
+                rate = count * matmul_rate(self._config.dtype, seconds=0.1)
+                found["speed"]["device_flops_per_second"] = rate
+        if is_main():
+            path = self._directory / "result.json"
+            try:
+                write_atomically(path, json.dumps(found, indent=2) + "\n")
+            except OSError as error:
                 raise UserError(
-                    f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
-                    "choose another --workdir, or the same configuration to continue it"
-                )
-        write_atomically(path, text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the work directory {workdir}: {error.strerror}") from None
+                    f"cannot write {path} ({error.strerror or error}); all else is there: make "
+                    "room and start the same command again"
+                ) from None
+        return found
 
-
-def _essential(config: ConfigDict) -> dict[str, Any]:
-    """A configuration without what a run may be continued with another value of."""
-    fields = config.to_dict()
-    for name in ("workers", "on_damaged"):
-        del fields["data"][name]
-    del fields["mesh"]  # where it runs; results agree to rounding
-    return fields
-
-
-def _check_data(workdir: pathlib.Path, source: Source | TextSource) -> None:
-    """Notes what data the run learns from, or refuses others than it began with."""
-    path = workdir / "data.json"
-    here = {
-        "name": source.name,
-        "num_examples": dict(source.num_examples),
-        "num_classes": source.num_classes,
-    }
-    there = json.loads(path.read_text()) if path.exists() else here
-    if there != here and _has_checkpoint(workdir):
-        raise UserError(
-            f"{workdir} holds a run on other data ({json.dumps(there)} there, {json.dumps(here)} "
-            "now): bring them back, or choose another --workdir"
+    def _summary(self) -> str:
+        experiment, source = self._experiment, self._experiment.source
+        counts = ", ".join(f"{count:,} {split}" for split, count in source.num_examples.items())
+        begin = f"continues at step {self._step}" if self._step else "begins at step 0"
+        return (
+            f"{experiment.config.model.name} ({num_params(self._state.params):,} parameters) on "
+            f"{source.name} ({counts} {source.unit}s), {self._data.about}, {_devices(experiment)}; "
+            f"ready in {time.monotonic() - self._began:.1f} s; {begin} of {experiment.total_steps}"
         )
-    write_atomically(path, json.dumps(here, indent=2) + "\n")
 
+    def __enter__(self) -> "_Run":
+        return self
 
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
-    """Whether a run has saved a step there."""
-    return any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second acts as if there were none."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested  # only the main thread may handle signals
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in signals]
-
-    def handle(number: int, frame: Any) -> None:
-        requested.set()
-        # Not by print, which may be what was interrupted.
-        os.write(2, b"\nstopping after the steps under way; again to stop at once\n")
-        signal.signal(number, before[signals.index(signal.Signals(number))])
-
-    for number in signals:
-        signal.signal(number, handle)
-    try:
-        yield requested
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _summary(experiment: Experiment, about: str, params: int, seconds: float, step: int) -> str:
-    source = experiment.source
-    counts = ", ".join(f"{count:,} {split}" for split, count in source.num_examples.items())
-    begin = f"continues at step {step}" if step else "begins at step 0"
-    return (
-        f"{experiment.config.model.name} ({params:,} parameters) on {source.name} "
-        f"({counts} {source.unit}s), {about}, "
-        f"{_devices(experiment)}; ready in {seconds:.1f} s; {begin} of {experiment.total_steps}"
-    )
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._progress.close()
+        self._writer.close()
+        # A second Ctrl-C does not wait for a save that is under way.
+        if kind is None or issubclass(kind, Exception | Interrupted):
+            self._checkpoints.close()
 
 
 def _devices(experiment: Experiment) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,25 +16,43 @@ from gnp.training.processes import whole
 MetricSums = dict[str, tuple[jax.Array, jax.Array]]
 
 
+class NonFinite(NamedTuple):
+    """How many steps had a loss or a gradient that was not finite, int32 scalars."""
+
+    in_a_row: jax.Array  # up to now
+    total: jax.Array  # that were left out
+
+
+class Report(NamedTuple):
+    """What a call of the compiled program tells of the state that it has come to."""
+
+    metrics: MetricSums
+    nonfinite: NonFinite
+
+
 class TrainState(flax.struct.PyTreeNode):
-    """The whole state of a run. With the seed and `step` it determines all that follows.
+    """The whole state of a run. With the seed it determines all that follows.
 
     Attributes:
-      step: updates made, int32 scalar.
+      step: updates made or left out, int32 scalar.
+      data_step: the batch that comes next; more than `step` after a return to an older state.
       params: the model's parameters, float32.
       model_state: the model's other variables: BatchNorm's running statistics ("batch_stats"), a
         language model's state ("carry").
       opt_state: the optimizer's.
       metrics: sums of the training metrics since the last log line.
+      nonfinite: steps that were left out.
       ema: moving average of the parameters and the running statistics, {"params", "batch_stats"};
         None if there is none.
     """
 
     step: jax.Array
+    data_step: jax.Array
     params: Any
     model_state: Any
     opt_state: optax.OptState
     metrics: MetricSums
+    nonfinite: NonFinite
     ema: Any = None
 
 

@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 from gnp.data.pipeline import Batch
 from gnp.training.optimizer import Optimizer
 from gnp.training.sharding import over_batch, over_microbatches, replicated
-from gnp.training.state import MetricSums, TrainState, add_metrics, averaged
+from gnp.training.state import (
+    MetricSums,
+    NonFinite,
+    Report,
+    TrainState,
+    add_metrics,
+    averaged,
+)
 
 
 class _Pass(NamedTuple):
@@ -34,6 +41,7 @@ def make_train_step(
     accumulate: int = 1,
     num_groups: int | None = None,
     ema_decay: float | None = None,
+    nonfinite_limit: int | None = 1,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """The train step: one update, for every model and method.
 
@@ -53,6 +61,11 @@ def make_train_step(
     The average of the parameters and the running statistics, with t the updates made:
     ema ← d ema + (1 − d) θ, d = min(`ema_decay`, (1 + t) / (10 + t)).
 
+    A step whose loss or gradients are not finite is left out: parameters and optimizer stay as they
+    are, and the next step takes the next batch. After `nonfinite_limit` such steps in a row the
+    state stays at the last of them, whatever batches come: `step` and `data_step` are those of the
+    step that failed.
+
     Args:
       model: a Flax Linen module as `gnp.models.create` makes it, inputs to logits.
       optimizer: as `optimizer.build` makes it.
@@ -62,6 +75,7 @@ def make_train_step(
       accumulate: k.
       num_groups: m, the `num_groups` of the optimizer's gradient regularization.
       ema_decay: None for no average.
+      nonfinite_limit: 1 or more; None for steps that are not checked.
     """
 
     def gradient(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[Any, _Pass]:
@@ -83,7 +97,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         # Masks want many random bits and no more: the generator that is cheapest to draw from.
-        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.data_step)
         whole_batch = _Parts(accumulate, num_groups, mesh)
         grad = functools.partial(whole_batch.mean, gradient, state.model_state, batch, key)
         grads, (metrics, model_state) = grad(state.params, stacked=False)
@@ -108,16 +122,46 @@ def make_train_step(
             ema = jax.tree.map(
                 lambda a, x: decay * a + (1 - decay) * x, state.ema, averaged(params, model_state)
             )
-        return state.replace(
+        checked = [
+            values[x][0] for x in ("loss", "grad_norm", "perturbed_grad_norm") if x in values
+        ]
+        values["skipped"] = (jnp.zeros(()), one)
+        restart = state.step % log_every == 0
+        updated = state.replace(
             step=state.step + 1,
+            data_step=state.data_step + 1,
             params=params,
             model_state=model_state,
             opt_state=opt_state,
-            metrics=add_metrics(state.metrics, values, restart=state.step % log_every == 0),
+            metrics=add_metrics(state.metrics, values, restart=restart),
+            nonfinite=state.nonfinite._replace(in_a_row=jnp.zeros((), jnp.int32)),
             ema=ema,
         )
+        if nonfinite_limit is None:
+            return updated
+        stays = state.nonfinite.in_a_row >= nonfinite_limit
+        kept = _left_out(state, values, restart=restart, limit=nonfinite_limit)
+        kept = jax.tree.map(lambda a, b: jnp.where(stays, a, b), state, kept)
+        good = jnp.isfinite(jnp.stack(checked)).all() & ~stays
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), updated, kept)
 
     return train_step
+
+
+def _left_out(
+    state: TrainState, values: MetricSums, *, restart: jax.Array, limit: int
+) -> TrainState:
+    """The state after a step that is left out; where it was the last that may be, that before."""
+    in_a_row = state.nonfinite.in_a_row + 1
+    goes_on = (in_a_row < limit).astype(jnp.int32)
+    none = {name: (jnp.zeros(()), jnp.zeros(())) for name in values}
+    none["skipped"] = (jnp.ones(()), goes_on.astype(jnp.float32))
+    return state.replace(
+        step=state.step + goes_on,
+        data_step=state.data_step + goes_on,
+        metrics=add_metrics(state.metrics, none, restart=restart),
+        nonfinite=NonFinite(in_a_row, state.nonfinite.total + goes_on),
+    )
 
 
 class _Parts(NamedTuple):
@@ -229,12 +273,17 @@ def init_state(
     params = variables.pop("params")
     opt_state = optimizer.tx.init(params)
     labels = jnp.zeros(logits.shape[:-1], jnp.int32)
-    names = {"grad_norm", "weight_norm"}
+    names = {"grad_norm", "weight_norm", "skipped"}
     names |= {*scores(logits, labels), *optimizer.report(opt_state, jnp.zeros((), jnp.int32))}
     # An array for each sum, and for each average: the step's donated buffers must not be shared.
     metrics = {name: (jnp.zeros(()), jnp.zeros(())) for name in sorted(names)}
     average = jax.tree.map(jnp.copy, averaged(params, variables)) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, variables, opt_state, metrics, average)
+    step, data_step, in_a_row, total = (jnp.zeros((), jnp.int32) for _ in range(4))
+    return TrainState(
+        *(step, data_step, params, variables, opt_state, metrics),
+        nonfinite=NonFinite(in_a_row, total),
+        ema=average,
+    )
 
 
 def _merge(tree: Any, replacement: Any) -> Any:
@@ -260,17 +309,17 @@ def make_train_call(
     `num_steps` is not a constant of the program: calls of every length run the same compiled
     step, so nothing is compiled twice and results do not depend on where calls end. With
     `max_steps` 1 there is no loop, and `num_steps` is not looked at. The state is donated. Also
-    returns the metrics' sums in buffers of their own, which stay readable after the state has gone
-    into the next call.
+    returns a `Report` in buffers of its own, which stay readable after the state has gone into the
+    next call.
     """
 
     def train_call(
         state: TrainState, data: Batch, num_steps: jax.Array
-    ) -> tuple[TrainState, MetricSums]:
-        order = batches.order(state.step, max_steps)
+    ) -> tuple[TrainState, Report]:
+        order = batches.order(state.data_step, max_steps)
 
         def body(i: jax.Array, state: TrainState) -> TrainState:
-            batch = batches.batch(data, order[i], state.step)
+            batch = batches.batch(data, order[i], state.data_step)
             batch = jax.lax.with_sharding_constraint(batch, over_batch(mesh))
             return train_step(state, batch)
 
@@ -278,7 +327,7 @@ def make_train_call(
             state = body(jnp.int32(0), state)
         else:
             state = jax.lax.fori_loop(0, num_steps, body, state)
-        return state, state.metrics
+        return state, Report(state.metrics, state.nonfinite)
 
     everywhere = replicated(mesh)
     shardings = everywhere if state_sharding is None else state_sharding

@@ -172,7 +172,7 @@ def test_results_do_not_depend_on_where_calls_end_and_nothing_is_compiled_twice(
 
 
 def test_metrics_begin_anew_after_each_log_line(data):
-    _, sums, _ = run_calls(data, [6])  # log_every is 4
+    _, (sums, _), _ = run_calls(data, [6])  # log_every is 4
     assert float(sums["loss"][1]) == 2
     assert mean_metrics(sums)["ratio"] == 0.5
 
