@@ -1,13 +1,15 @@
 """python -m gnp.train: trains a model, or continues the run in a work directory."""
 
-import pathlib
+import os
 import shlex
+import signal
 import sys
+import threading
 from typing import Any
 
 from gnp import config as gnp_config
 from gnp import distributed, environment, models
-from gnp.command_line import Parser, overrides, run
+from gnp.command_line import Parser, directory, overrides, run
 from gnp.errors import UserError
 
 DESCRIPTION = """\
@@ -21,8 +23,15 @@ A config file may take an argument: --config=configs/cifar_vit.py:model=vit_s,gr
 def main() -> int:
     """Parses the flags, trains, and draws the report."""
     parser = Parser("gnp.train", DESCRIPTION)
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", metavar="FILE.py[:ARGUMENT]")
+    what.add_argument(
+        "--replay",
+        type=directory,
+        metavar="DIR",
+        help="repeat the run in DIR, by default in DIR/replay, and say where it first differs",
+    )
+    parser.add_argument("--workdir", type=directory, help="the run's directory")
     parser.add_argument(
         "--list-models",
         action="version",
@@ -38,13 +47,23 @@ def main() -> int:
     )
     distributed.add_flags(parser)
     flags, rest = parser.parse_known_args()
+    if flags.replay is not None:
+        flags.workdir = flags.workdir or flags.replay / "replay"
+    elif missing := [f"--{x}" for x in ("config", "workdir") if getattr(flags, x) is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     if not flags.workdir.name:
         raise UserError("--workdir names no directory; write --workdir=runs/NAME")
     if flags.profile < 0:
         raise UserError(f"--profile is {flags.profile}; it must be a number of steps")
     environment.set_up()
-    names = ["--config", "--workdir", "--profile", "--list-models", *distributed.FLAGS]
-    config = gnp_config.load(flags.config, overrides(rest, names))
+    names = ["--config", "--replay", "--workdir", "--profile", "--list-models"]
+    changes = overrides(rest, [*names, *distributed.FLAGS])
+    if flags.replay is None:
+        config = gnp_config.load(flags.config, changes)
+    else:
+        from gnp.replay import load_config  # here, since JAX is slow to import
+
+        config = load_config(flags.replay, changes)
     gnp_config.validate(config)
     distributed.join(
         flags.coordinator,
@@ -55,35 +74,57 @@ def main() -> int:
     )
 
     # Here, so that --help and a mistyped field do not wait for JAX.
-    from gnp import report
+    from gnp import replay, report
     from gnp.training import Interrupted, train
-    from gnp.training.metrics import headline, text
     from gnp.training.processes import is_main
 
     command = shlex.join(sys.orig_argv)
+    comparison = None
+    if flags.replay is not None:
+        comparison = replay.begin(flags.replay, flags.workdir)
+    result: dict[str, Any] | None = None
     try:
         result = train(
             *(config, flags.workdir),
             command=command,
             profile_steps=flags.profile,
             measure_device=True,
+            on_row=comparison.on_row if comparison else None,
         )
     except Interrupted as stop:
         if is_main():
-            print(f"\n{stop}, and saved. To continue it:\n  {command}", file=sys.stderr)
-        return 130
+            saved = "and saved"
+            if stop.saved_step != stop.step:
+                saved = f"but what is saved is step {stop.saved_step or 0}"
+            print(f"\n{stop}, {saved}. To continue it:\n  {command}", file=sys.stderr)
+        return stop.exit_code
+    except replay.Ended:
+        pass
     if not is_main():
         return 0
     path = report.write(flags.workdir, command=command)
+    if result is not None:
+        _tell(result, config.dtype)
+    print(f"report: {path}")
+    if comparison is None:
+        return 0
+    identical, lines = comparison.verdict(result)
+    print("\n".join(lines))
+    return 0 if identical else 1
+
+
+def _tell(result: dict[str, Any], dtype: str) -> None:
+    """Prints how the run ended."""
+    from gnp.training.metrics import headline, text
+
     if "device_flops_per_second" in (result.get("speed") or {}):
-        print(_speed(result, config.dtype))
+        print(_speed(result, dtype))
     print(
         f"test {' '.join(headline(result['test']))}, "
         f"test loss {text(result['test']['loss'], '.4f')} "
         f"after {result['epochs']:.1f} epochs ({result['steps']} steps) "
-        f"in {result['wall_time']:.0f} s\nreport: {path}"
+        f"in {result['wall_time']:.0f} s"
     )
-    return 0
 
 
 def _speed(result: dict[str, Any], dtype: str) -> str:
@@ -97,5 +138,42 @@ def _speed(result: dict[str, Any], dtype: str) -> str:
     )
 
 
+def _end_on_sigterm() -> None:
+    """Has SIGTERM end the process at once with the code for "start me again".
+
+    Not where a run in training has its own handler, the first time. A thread does it, since
+    Python's handlers wait for what the interpreter has called, and a compilation may take longer
+    than a scheduler waits.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def handler(number: int, frame: Any) -> None:
+        """Has the number written to the pipe."""
+
+    def watch() -> None:
+        ends = [handler]
+        while True:
+            (number,) = os.read(reader, 1)
+            if number == signal.SIGTERM:
+                current = signal.getsignal(signal.SIGTERM)
+                if current in ends:
+                    os.write(2, b"\nterminated; to go on, start the same command again\n")
+                    distributed.leave(distributed.EX_TEMPFAIL, "terminated")
+                    os._exit(distributed.EX_TEMPFAIL)
+                ends.append(current)
+
+    def forget() -> None:
+        """A child that is forked has the pipe, but not the thread."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="SIGTERM", daemon=True).start()
+    os.register_at_fork(after_in_child=forget)
+
+
 if __name__ == "__main__":
+    _end_on_sigterm()
     run(main)
