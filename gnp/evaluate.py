@@ -1,19 +1,18 @@
 """python -m gnp.evaluate: the test error and the gradient norm of a checkpoint."""
 
 import json
-import pathlib
 
 from gnp import config as gnp_config
 from gnp import environment
-from gnp.command_line import Parser, run
+from gnp.command_line import Parser, directory, run
 from gnp.errors import UserError
 
 
 def main() -> int:
     """Parses the flags, evaluates, and prints."""
     parser = Parser("gnp.evaluate", "The error, loss and gradient norm of a run's checkpoint.")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
-    parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
+    parser.add_argument("--workdir", required=True, type=directory, help="the run's directory")
+    parser.add_argument("--step", help="which checkpoint, or best; by default the newest")
     parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
@@ -26,10 +25,11 @@ def main() -> int:
         config.data.data_dir = flags.data_dir
 
     # Here, since JAX is slow to import.
-    from gnp.training.evaluation import evaluate_checkpoint
+    from gnp.training.evaluation import evaluate_checkpoint, find_step
     from gnp.training.metrics import headline, text
 
-    values = evaluate_checkpoint(config, flags.workdir, step=flags.step)
+    step = find_step(config, flags.workdir, flags.step)
+    values = evaluate_checkpoint(config, flags.workdir, step=step)
     if flags.json:
         print(json.dumps(values))
         return 0

@@ -1,11 +1,12 @@
 """python -m gnp.export: a checkpoint's weights in a file that timm reads."""
 
-import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from etils import epath
+
 from gnp import config as gnp_config
-from gnp.command_line import Parser, run
+from gnp.command_line import Parser, directory, run
 from gnp.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ _NAMES = {
 def main() -> int:
     """Parses the flags, writes the file, and says what it holds."""
     parser = Parser("gnp.export", DESCRIPTION)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="the run's directory")
-    parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
+    parser.add_argument("--workdir", required=True, type=directory, help="the run's directory")
+    parser.add_argument("--step", help="which checkpoint, or best; by default the newest")
     parser.add_argument(
         "--out", required=True, type=pathlib.Path, metavar="FILE.safetensors", help="what to write"
     )
@@ -56,7 +57,11 @@ def main() -> int:
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
 
-    tensors, metadata, call = export(config, flags.workdir, step=flags.step, average=flags.average)
+    # Here, since JAX is slow to import.
+    from gnp.training.evaluation import find_step
+
+    step = find_step(config, flags.workdir, flags.step)
+    tensors, metadata, call = export(config, flags.workdir, step=step, average=flags.average)
     _write(flags.out, tensors, metadata)
     print(
         f"{flags.out}: {metadata['model']} at step {metadata['step']} of {flags.workdir}, "
@@ -71,7 +76,7 @@ def main() -> int:
 
 def export(
     config: "ConfigDict",
-    workdir: str | pathlib.Path,
+    workdir: epath.PathLike,
     *,
     step: int | None = None,
     average: bool = False,
@@ -98,14 +103,14 @@ def export(
     from gnp.training.checkpoint import Checkpoints
     from gnp.training.experiment import make_experiment, on_one_device
     from gnp.training.state import with_average
+    from gnp.training.workdir import essential
 
     pretrained.check_counterpart(config.model.name)
     if average and config.ema.decay is None:
         raise UserError(f"{workdir} has no average of the parameters; train with config.ema.decay")
     experiment = make_experiment(on_one_device(config))
-    checkpoints = Checkpoints(pathlib.Path(workdir))
+    checkpoints = Checkpoints(workdir, config=essential(config))
     state = checkpoints.restore(experiment.abstract_state, step)
-    checkpoints.close()
     if average:
         state = with_average(state)
     variables = jax.device_get({"params": state.params, **state.model_state})
@@ -170,15 +175,11 @@ def _write(path: pathlib.Path, tensors: dict[str, "np.ndarray"], metadata: dict[
     """Writes the file in one step: an interruption leaves the old file, if any, or the new one."""
     from safetensors.numpy import save
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    from gnp.files import write_atomically
+
     try:
-        with temporary.open("wb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, save(tensors, metadata))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import pathlib
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,13 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 from gnp import command_line
 from gnp.analysis import figures, runs
 from gnp.errors import UserError
+from gnp.files import is_remote, write_atomically
 
 _NONE = "–"  # stands where there is no value
 _SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
@@ -93,7 +94,7 @@ _GR = {
 }
 
 
-def write(workdir: str | os.PathLike[str], command: str | None = None) -> pathlib.Path:
+def write(workdir: str | os.PathLike[str], command: str | None = None) -> epath.Path:
     """Writes the report of a run into its work directory.
 
     Args:
@@ -107,21 +108,25 @@ def write(workdir: str | os.PathLike[str], command: str | None = None) -> pathli
       UserError: if the directory does not hold a run, or cannot be written to.
     """
     run = runs.load(workdir)
-    command = command or (run.result or {}).get("command")
+    noted = (run.result or {}).get("command")
+    command = command or (noted if isinstance(noted, str) else None)
     path = run.workdir / "report.html"
     page = _page(run, command)
     try:
         # Half a surrogate pair, as in a file name that is not UTF-8, has no encoding.
-        path.write_text(page, encoding="utf-8", errors="replace", newline="\n")
+        write_atomically(path, page.encode(errors="replace"))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
 def main() -> int:
     """Parses the directories and writes their reports."""
     parser = command_line.Parser("gnp.report", "Writes the report of a run, DIR/report.html.")
-    parser.add_argument("workdirs", metavar="DIR", nargs="+", help="the work directory of a run")
+    directory = command_line.directory
+    parser.add_argument(
+        "workdirs", metavar="DIR", nargs="+", type=directory, help="the work directory of a run"
+    )
     for workdir in parser.parse_args().workdirs:
         print(write(workdir))
     return 0
@@ -134,9 +139,9 @@ def _page(run: runs.Run, command: str | None) -> str:
     model, data = (str(run.setting(f"{part}.name") or "?") for part in ("model", "data"))
     panels = [p for p in _PANELS if any(run.has(split, key) for split, key, _ in p.metrics)]
     return _TEMPLATE.substitute(
-        title=escape(f"{model} on {data}: {run.workdir.resolve().name}"),
+        title=escape(f"{model} on {data}: {_name(run)}"),
         heading=escape(f"{model} on {data}"),
-        workdir=escape(run.workdir.resolve().name),
+        workdir=escape(_name(run)),
         status=_status(run),
         summary=escape(_summary(run)),
         numbers="\n".join(_numbers(run)),
@@ -148,6 +153,11 @@ def _page(run: runs.Run, command: str | None) -> str:
         command=re.sub(r"(\S+)", r"<span>\1</span>", escape(command or "not recorded")),
         params=_params_hash(run),
     )
+
+
+def _name(run: runs.Run) -> str:
+    """That of the work directory, which may be written as "."."""
+    return (run.workdir if is_remote(run.workdir) else run.workdir.resolve()).name
 
 
 def _status(run: runs.Run) -> str:
@@ -187,7 +197,9 @@ def _summary(run: runs.Run) -> str:
     if any(run.has(split, "perplexity") for split in run.metrics):
         augment = f"{setting('data.sequence_length')} words a step"
     # The sizes that are not those of the model's name.
-    sizes = {k: v for k, v in (run.setting("model") or {}).items() if k != "name" and v is not None}
+    fields = run.setting("model")
+    fields = fields if isinstance(fields, dict) else {}
+    sizes = {k: v for k, v in fields.items() if k != "name" and v is not None}
     model = ", ".join(f"{name} {_number(size)}" for name, size in sizes.items())
     seed = f"seed {setting('seed')}"
     parts = (model, gr, setting("optimizer.name"), rate, decay, augment, length, seed)
@@ -206,10 +218,12 @@ def _numbers(run: runs.Run) -> Iterator[str]:
     yield _entry(f"Train {key}", show(run.final("train", key)), "last logged")
     yield _entry("Test loss", _decimal(run.final("test", "loss")))
     yield _entry("Train loss", _decimal(run.final("train", "loss")), "last logged")
-    steps = int(result.get("steps") or step)
-    yield _entry("Epochs", _number(round(result.get("epochs") or epoch, 1)), f"{steps:,} steps")
-    seconds = result.get("wall_time")
-    if seconds is None:
+    noted = {key: runs.number(result.get(key)) for key in ("steps", "epochs", "wall_time")}
+    steps = int(step if math.isnan(noted["steps"]) else noted["steps"])
+    epochs = epoch if math.isnan(noted["epochs"]) else noted["epochs"]
+    yield _entry("Epochs", _number(round(epochs, 1)), f"{steps:,} steps")
+    seconds = noted["wall_time"]
+    if math.isnan(seconds):
         ends = [run.series(split, "wall_time")[1][-1:] for split in run.metrics]
         seconds = max((end.item() for end in ends if end.size), default=math.nan)
     speed = ""
@@ -221,8 +235,9 @@ def _numbers(run: runs.Run) -> Iterator[str]:
     if run.has("train", "data_wait"):
         waits = run.series("train", "data_wait")[1]
         yield _entry("Waiting for data", _percent(np.nanmean(waits)), "mean share of the time")
-    if result.get("num_params"):
-        yield _entry("Parameters", f"{int(result['num_params']):,}")
+    num_params = runs.number(result.get("num_params"))
+    if num_params > 0:
+        yield _entry("Parameters", f"{num_params:,.0f}")
     if result.get("devices"):
         yield _entry("Devices", str(result["devices"]))
 
@@ -315,7 +330,7 @@ def _params_hash(run: runs.Run) -> str:
 
 def _number(value: Any) -> str:
     """A number in four digits, anything else as it is."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if math.isfinite(runs.number(value)):
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return _NONE if value is None else str(value)
 

@@ -4,15 +4,21 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from gnp.config import parse_duration
 from gnp.errors import UserError
+from gnp.files import is_remote
 
 Metrics = dict[str, dict[str, np.ndarray]]
+
+_MAX_BYTES = 16_000_000  # of a configuration or a result
+_MAX_DEPTH = 20  # of brackets in them
+# What runs log is computed in float32.
+_LARGEST, _LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).smallest_subnormal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +29,11 @@ class Run:
       workdir: the directory that was read.
       config: the resolved configuration, nested.
       metrics: split ("train", "test", …) → key ("step", "epoch", "loss", …) → one float64 value a
-        logged row; NaN where a row has no number for the key.
+        logged row; NaN where a row has no number for the key, or none that float32 can hold.
       result: what the run wrote when it ended; None while it has not.
     """
 
-    workdir: pathlib.Path
+    workdir: epath.Path
     config: dict[str, Any]
     metrics: Metrics
     result: dict[str, Any] | None
@@ -52,11 +58,15 @@ class Run:
 
     def final(self, split: str, key: str) -> float:
         """The result's value for a metric, or the last logged one; NaN where there is neither."""
-        value = ((self.result or {}).get(split) or {}).get(key)
+        value = self._of_result(split).get(key)
         if value is not None:
-            return float(value)
+            return number(value)
         values = self.series(split, key)[1]
         return float(values[-1]) if values.size else float("nan")
+
+    def _of_result(self, split: str) -> dict[str, Any]:
+        values = (self.result or {}).get(split)
+        return values if isinstance(values, dict) else {}
 
     @property
     def last(self) -> tuple[int, float]:
@@ -85,15 +95,18 @@ class Run:
     def _in_epochs(self, duration: str | None) -> float:
         if not duration:
             return 0.0
-        length = parse_duration(duration)
+        try:
+            length = parse_duration(duration)
+        except UserError as error:
+            raise UserError(f"{self.workdir / 'config.json'}: {error}") from None
         step, epoch = self.last
-        percent = float(self.setting("epochs") or 0) / 100
+        percent = number(self.setting("epochs") or 0) / 100
         return length.value * {"ep": 1.0, "st": epoch / max(step, 1), "%": percent}[length.unit]
 
 
-def load(workdir: str | os.PathLike[str]) -> Run:
+def load(directory: str | os.PathLike[str]) -> Run:
     """Reads the work directory of a run that has ended, is under way or was interrupted."""
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(directory)
     if not workdir.is_dir():
         raise UserError(f"no directory {workdir}; give the work directory of a run")
     if not (workdir / "config.json").is_file():
@@ -107,32 +120,64 @@ def load(workdir: str | os.PathLike[str]) -> Run:
     )
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
+def number(value: Any) -> float:
+    """A number that was read from JSON as a float; NaN for anything else.
+
+    Those beyond float32 are not a run's: too large ones are NaN, too small ones 0.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > _LARGEST:
+        return math.nan
+    return 0.0 if abs(value) < _LEAST else float(value)
+
+
+def _read_object(path: epath.Path) -> dict[str, Any]:
+    content = _read_bytes(path)
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path} has {len(content):,} bytes; it is not what a run writes")
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
+    if _is_deeper(value, _MAX_DEPTH):
+        raise UserError(f"{path} has brackets inside of brackets, more than a run writes")
     return value
 
 
-def _read_metrics(path: pathlib.Path) -> Metrics:
+def _read_bytes(path: epath.Path) -> bytes:
+    if not is_remote(path) and path.exists() and not os.path.isfile(path):  # a pipe never ends
+        raise UserError(f"cannot read {path}: it is no plain file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and lists are nested more than `depth` deep."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(each, depth - 1) for each in inner)
+
+
+def _read_metrics(path: epath.Path) -> Metrics:
     """The rows of a metrics file as columns; no columns where the file is missing or empty."""
-    lines = path.read_bytes().rstrip().split(b"\n") if path.exists() else []
+    lines = _read_bytes(path).rstrip().split(b"\n") if path.exists() else []
     rows: dict[str, list[dict[str, Any]]] = {}
-    for number, line in enumerate(lines, start=1):
+    for place, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # the run was stopped, or is being read, while it wrote
+        except (ValueError, RecursionError) as error:
+            if place == len(lines):  # the run was stopped, or is being read, while it wrote
                 break
-            raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+            raise UserError(f"{path}, line {place} is not valid JSON: {error}") from error
         if not _is_row(row):
             raise UserError(
-                f"{path}, line {number} should be an object with a split, a step and an epoch"
+                f"{path}, line {place} should be an object with a split, a step and an epoch"
             )
         rows.setdefault(row["split"], []).append(row)
     return {split: _columns(part) for split, part in rows.items()}
@@ -142,18 +187,10 @@ def _is_row(row: Any) -> bool:
     return (
         isinstance(row, dict)
         and isinstance(row.get("split"), str)
-        and all(_is_number(row.get(key)) and math.isfinite(row[key]) for key in ("step", "epoch"))
+        and all(math.isfinite(number(row.get(key))) for key in ("step", "epoch"))
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     keys = dict.fromkeys(key for row in rows for key in row if key != "split")
-    values = {key: [row.get(key) for row in rows] for key in keys}
-    return {
-        key: np.array([v if _is_number(v) else np.nan for v in column], np.float64)
-        for key, column in values.items()
-    }
+    return {key: np.array([number(row.get(key)) for row in rows], np.float64) for key in keys}

@@ -1,19 +1,34 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard events, and the terminal."""
 
+import contextlib
+import itertools
 import json
+import logging
+import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
 
-from tensorboardX import SummaryWriter
+from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from gnp.training.files import write_atomically
+from gnp.errors import UserError
+from gnp.files import is_remote, write_atomically
 
 Row = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+
+_WARN_SECONDS = 60.0  # between two warnings that rows cannot be written
+_REMOTE_SECONDS = 30.0  # between two writes of a file that cannot be appended to
+_FLUSH_SECONDS = 10.0  # between two of TensorBoard's
 
 
 class MetricsWriter:
@@ -21,54 +36,304 @@ class MetricsWriter:
 
     A row is {"step", "epoch", "wall_time" (seconds), "split" ("train", "test", …), values…}.
     Opened at a step, it first drops the rows after it, which a continued run makes again. One that
-    does not write only keeps the newest rows: of several processes one writes.
+    does not write only keeps the rows: of several processes one writes.
+
+    A full disk does not end a run: rows that cannot be written are kept, a warning says so, and
+    every later `write` and `sync` tries again. TensorBoard's events then end. What the file holds
+    of a line that is no row goes to `metrics.jsonl.damaged`, with a warning.
+
+    An object store's files cannot be appended to: there the whole file is written anew, in `sync`
+    and otherwise now and then.
+
+    Attributes:
+      history: the rows kept and written, in order.
+      last: the newest row of each split.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, step: int, writes: bool = True):
-        path = workdir / "metrics.jsonl"
-        self.last: dict[str, Row] = {}  # the newest row of each split
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that was being written when the process was killed
-            if row["step"] <= step:
-                kept.append(line + "\n")
-                self.last[row["split"]] = row
+    def __init__(
+        self, workdir: epath.Path | pathlib.Path, *, step: int, writes: bool = True
+    ) -> None:
+        self._workdir = epath.Path(workdir)
+        self._path = self._workdir / "metrics.jsonl"
         self._writes = writes
+        self._damaged: list[bytes] = []  # not yet kept beside
+        self.history: list[Row] = []
+        self.last: dict[str, Row] = {}
+        if writes and _is_read_only(self._path):
+            raise UserError(f"cannot write {self._path}: it is read-only")
+        there = self._contents()
+        self._read(there or b"", step)
+        # The file begins with `_length` bytes that are the first `_stored` rows, or it is to be
+        # written anew.
+        self._stored = len(self.history)
+        lines = _lines(self.history)
+        self._length = len(lines)
+        self._anew = there is None or bool(self._damaged) or not there.startswith(lines)
+        self._anew |= is_remote(self._path) and there != lines
+        self._durable = False
+        self._remote_time = self._warning_time = -math.inf
         if writes:
-            write_atomically(path, "".join(kept))
-            self._file = path.open("a")
-            self._events = SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
+            self._try_to_store()
+            self._events = _Events(self._workdir, purge_step=step + 1)
 
     @property
     def wall_time(self) -> float:
         """Seconds that the run had taken at the newest row."""
-        return max((row["wall_time"] for row in self.last.values()), default=0.0)
+        times = (row.get("wall_time", 0.0) for row in self.last.values())
+        return max(filter(_is_number, times), default=0.0)
 
     def write(self, row: Row) -> None:
         """Appends a row."""
-        self.last[row["split"]] = row
-        if not self._writes:
-            return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if isinstance(value, float) and name != "wall_time":
-                self._events.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        self._keep(row)
+        if self._writes:
+            self._durable = False
+            if not is_remote(self._path) or self._remote_is_due():
+                self._try_to_store()
+            self._events.write(row)
 
     def sync(self) -> None:
-        """Returns when all rows are on the disk, which a checkpoint must not precede."""
+        """Returns when all rows are on the disk, which a checkpoint must not precede.
+
+        Raises:
+          OSError: if they cannot be written.
+        """
+        if not self._writes:
+            return
+        if not self._durable:
+            self._store()
+            if not is_remote(self._path):
+                self._flush()
+            self._durable = True
+        self._events.flush()
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after `step`, to which the run goes back."""
+        rows, self.history, self.last = self.history, [], {}
+        for row in rows:
+            if row["step"] <= step:
+                self._keep(row)
         if self._writes:
-            os.fsync(self._file.fileno())
-            self._events.flush()
+            self._anew, self._durable = True, False
+            self._try_to_store()
+            self._events.close()
+            self._events = _Events(self._workdir, purge_step=step + 1)
 
     def close(self) -> None:
-        """Writes what is buffered and closes the files."""
+        """Writes what is buffered, if that can be."""
         if self._writes:
-            self._file.close()
+            try:
+                self.sync()
+            except OSError as error:
+                _log.warning(
+                    "%s lacks the last rows, which cannot be written (%s)",
+                    *(self._path, error.strerror or error),
+                )
             self._events.close()
+
+    def _contents(self) -> bytes | None:
+        """What the file holds, None if there is none."""
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {self._path}: {error.strerror or error}") from None
+
+    def _read(self, blob: bytes, step: int) -> None:
+        """Keeps the rows up to `step` of a file, and says which of its lines are no rows."""
+        lines, numbers = blob.split(b"\n"), []
+        for number, line in enumerate(lines, start=1):
+            row = _row(line)
+            if row is not None:
+                if row["step"] <= step:
+                    self._keep(row)
+            # The last is the one that was being written when the process was killed.
+            elif line.strip() and number < len(lines):
+                numbers.append(number)
+                self._damaged.append(line + b"\n")
+        if numbers and self._writes:
+            more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+            _log.warning(
+                "%s, line %s%s: damaged, left out and kept in %s.damaged",
+                *(self._path, ", ".join(map(str, numbers[:10])), more, self._path.name),
+            )
+
+    def _keep(self, row: Row) -> None:
+        self.history.append(row)
+        self.last[row["split"]] = row
+
+    def _try_to_store(self) -> None:
+        """Brings the file up to date, or warns."""
+        try:
+            self._store()
+        except OSError as error:
+            if time.monotonic() - self._warning_time >= _WARN_SECONDS:
+                self._warning_time = time.monotonic()
+                _log.warning(
+                    "cannot write %s (%s); the rows are kept in memory until it can be written",
+                    *(self._path, error.strerror or error),
+                )
+
+    def _store(self) -> None:
+        """Brings the file up to date.
+
+        Raises:
+          OSError: if it cannot be written; what the file then holds of the rows is whole lines,
+            or what follows `_length` is cut off the next time.
+        """
+        if self._damaged:
+            path = self._path.with_name(f"{self._path.name}.damaged")
+            before = path.read_bytes() if path.exists() else b""
+            write_atomically(path, before + b"".join(self._damaged))
+            self._damaged = []
+        if not (self._anew or is_remote(self._path)):
+            self._append()
+        if self._anew or (is_remote(self._path) and self._stored < len(self.history)):
+            self._remote_time = time.monotonic()
+            lines = _lines(self.history)
+            write_atomically(self._path, lines)
+            self._anew, self._stored, self._length = False, len(self.history), len(lines)
+
+    def _append(self) -> None:
+        """Appends the rows that a local file lacks, or finds that it must be written anew."""
+        lines = _lines(self.history[self._stored :])
+        # Opened each time, to notice when the file has been removed or cut.
+        with open(self._path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < self._length:
+                self._anew = True
+                return
+            if size > self._length:
+                file.truncate(self._length)
+            try:
+                _write_all(file, lines)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(self._length)
+                raise
+        self._stored, self._length = len(self.history), self._length + len(lines)
+
+    def _flush(self) -> None:
+        """Returns when the disk has the file."""
+        try:
+            with open(self._path, "ab") as file:
+                os.fsync(file.fileno())
+        except OSError:
+            self._anew = True  # the kernel may have dropped what it could not write
+            raise
+
+    def _remote_is_due(self) -> bool:
+        return time.monotonic() - self._remote_time >= _REMOTE_SECONDS
+
+
+class _Events:
+    """TensorBoard events; one that cannot be written ends them, with a warning.
+
+    They are written at once, and not by tensorboardX's `SummaryWriter`: a full disk ends the thread
+    that it writes in, and then a call blocks for ever when its queue is full.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, workdir: epath.Path, *, purge_step: int) -> None:
+        self._workdir = workdir
+        self._writer: EventsWriter | None = None
+        self._copied: tempfile.TemporaryDirectory[str] | None = None  # to where nothing is appended
+        self._flush_time = time.monotonic()
+        with self._ended_by_an_error():
+            if is_remote(workdir):
+                self._copied = tempfile.TemporaryDirectory(prefix="gnp-events-")
+            self._writer = EventsWriter(
+                os.path.join(self._copied.name if self._copied else workdir, "events"),
+                f".{os.getpid()}.{next(self._numbers)}",
+            )
+            # TensorBoard forgets what earlier files say of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(
+                Event(step=purge_step, wall_time=time.time(), session_log=start)
+            )
+
+    def write(self, row: Row) -> None:
+        """Writes a row's numbers."""
+        if self._writer is None:
+            return
+        values = [
+            Summary.Value(tag=f"{row['split']}/{name}", simple_value=value)
+            for name, value in row.items()
+            if isinstance(value, float) and name != "wall_time"
+        ]
+        with self._ended_by_an_error():
+            self._writer.write_event(
+                Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values))
+            )
+        every = _REMOTE_SECONDS if self._copied else _FLUSH_SECONDS
+        if time.monotonic() - self._flush_time >= every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns when the disk has all events."""
+        if self._writer is None:
+            return
+        self._flush_time = time.monotonic()
+        with self._ended_by_an_error():
+            self._writer.flush()
+            if self._copied:
+                for path in pathlib.Path(self._copied.name).iterdir():
+                    write_atomically(self._workdir / path.name, path.read_bytes())
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self.flush()
+        self._end()
+
+    @contextlib.contextmanager
+    def _ended_by_an_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _log.warning(
+                "cannot write TensorBoard's events to %s (%s); the run goes on without them",
+                *(self._workdir, error.strerror or error),
+            )
+            self._end()
+
+    def _end(self) -> None:
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(OSError):
+            if writer is not None:
+                writer.close()
+            if self._copied is not None:
+                self._copied.cleanup()
+
+
+def _is_read_only(path: epath.Path) -> bool:
+    return not is_remote(path) and os.path.exists(path) and not os.access(path, os.W_OK)
+
+
+def _row(line: bytes) -> Row | None:
+    """A line's row, None if it has none."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    numbers = isinstance(row, dict) and all(_is_number(row.get(key)) for key in ("step", "epoch"))
+    return row if numbers and isinstance(row.get("split"), str) else None
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -math.inf < value < math.inf
+
+
+def _lines(rows: Sequence[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    """Writes to an unbuffered file, which may take a part at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 class Progress:
