@@ -101,14 +101,20 @@ def test_tpu_pod_runs_the_flags_as_they_are_on_every_host(tmp_path, monkeypatch,
     assert folder_of_python == f"{home / folder}\n"
 
 
-@pytest.mark.parametrize("code", [0, 130])
+@pytest.mark.parametrize("code", [0, 75, 130])
 def test_slurm_runs_the_flags_as_they_are_in_every_task(tmp_path, monkeypatch, stand_in, code):
     python, srun = tmp_path / "python.txt", tmp_path / "srun.txt"
     monkeypatch.setenv("PYTHON", str(stand_in("my python", f"{record(python)}; exit {code}")))
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
     stand_in("srun", f'{record(srun)}; while [[ $1 == -* ]]; do shift; done; exec "$@"')
+    scontrol = tmp_path / "scontrol.txt"
+    stand_in("scontrol", record(scontrol))
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
     done = run(SCRIPTS[1], *FLAGS)
     assert done.returncode == code, done.stderr
+    assert scontrol.exists() == (code == 75)  # "start me again"
+    if scontrol.exists():
+        assert recorded(scontrol) == ["requeue", "123"]
     assert recorded(srun)[:2] == ["--cpus-per-task=6", "--kill-on-bad-exit=1"]
     assert recorded(python) == ["-m", "gnp.train", *FLAGS]
 
