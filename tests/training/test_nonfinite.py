@@ -17,6 +17,7 @@ from gnp.training.checkpoint import Checkpoints
 from gnp.training.experiment import make_experiment
 from gnp.training.state import params_sha256
 from gnp.training.step import make_train_step
+from tests.test_readme import blocks
 
 
 def poison(monkeypatch, bad):
@@ -50,23 +51,26 @@ def clean(tmp_path_factory):
 
 def test_stop_keeps_the_state_of_before_and_the_batch(clean, tmp_path, monkeypatch):
     poison(monkeypatch, lambda step: step == 12)
+    workdir = tmp_path / "runs" / "b"  # as in the README
     with pytest.raises(UserError) as error:
-        train(make_config(), tmp_path)
+        train(make_config(), workdir)
     assert str(error.value).startswith("step 13: the loss or a gradient is not finite; the state")
-    assert str(tmp_path / "nonfinite-13.npz") in str(error.value) and "\n" not in str(error.value)
-    assert arrays(tmp_path, 12) == arrays(clean, 12)
-    assert all(row["step"] <= 12 for row in read_rows(tmp_path))
+    assert str(workdir / "nonfinite-13.npz") in str(error.value) and "\n" not in str(error.value)
+    assert arrays(workdir, 12) == arrays(clean, 12)
+    assert all(row["step"] <= 12 for row in read_rows(workdir))
 
-    failure = nonfinite.load(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(blocks("python")[1], found)
+    failure = found["failure"]
     assert int(failure.state.step) == 12
     assert np.argwhere(np.isnan(failure.batch["input"])).tolist() == [[3, 2, 1, 0]]
-    after = jax.jit(failure.train_step)(failure.state, failure.batch)
-    assert np.isnan(after.params["head"]["kernel"]).all()
+    assert np.isnan(found["state"].params["head"]["kernel"]).all()
 
     # The same again, and on with another choice.
     with pytest.raises(UserError, match="step 13: the loss"):
-        train(make_config(), tmp_path)
-    result = train(make_config(on_nonfinite="skip"), tmp_path)
+        train(make_config(), workdir)
+    result = train(make_config(on_nonfinite="skip"), workdir)
     assert result["skipped"] == 1 and result["steps"] == 29
     assert np.isfinite(result["test"]["loss"])
 
