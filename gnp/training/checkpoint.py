@@ -131,7 +131,13 @@ class Checkpoints:
           OSError: if this or the save before has failed, as on a full disk; nothing is left of it,
             and another may be tried.
         """
-        self.wait()
+        failure: OSError | None = None
+        try:
+            self.wait()
+        except OSError as error:
+            failure = error
+        if not all_true(failure is None):
+            raise failure or OSError("another process could not save")
         if step in self.steps():
             return
         if jax.default_backend() == "cpu":

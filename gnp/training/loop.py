@@ -374,13 +374,13 @@ class _Run:
 
     def _between_calls(self, rows: list[Row], *, stopping: int = 0, save: bool = False) -> None:
         """Evaluates, saves and stops, whatever of it is due; `rows` are those of the last call."""
-        if self._step and self._is_due(self._eval_every) and not stopping:
+        if not stopping:
             stopping, more = self._evaluate()
-            save, rows = save or self._update_best(), rows + more
+            save, rows = save or (bool(more) and self._update_best()), rows + more
         self._progress.show(self._step, rows)
         if stopping or save or (self._step and self._is_due(self._save_every)):
             self._save()
-        if stopping and self._step < self._experiment.total_steps:
+        if stopping and (self._step < self._experiment.total_steps or self._not_evaluated()):
             with contextlib.suppress(OSError):
                 self._checkpoints.wait()
             raise Interrupted(
@@ -391,8 +391,15 @@ class _Run:
             )
         self._device_free = time.monotonic()
 
+    def _not_evaluated(self) -> list[str]:
+        """The splits that should have a row of this step, and have none."""
+        if not self._step or not self._is_due(self._eval_every):
+            return []
+        last = self._writer.last
+        return [x for x in self._evaluations if last.get(x, {}).get("step") != self._step]
+
     def _evaluate(self) -> tuple[int, list[Row]]:
-        """Evaluates the splits that have no row of this step yet, and writes and gives theirs.
+        """Evaluates where that is due, and writes and gives the rows.
 
         The first number is not 0 if the run is to stop; then not all splits have been evaluated.
         """
@@ -406,10 +413,8 @@ class _Run:
             exit_code = int(votes[0])
             return bool(exit_code)
 
-        for split, evaluate in self._evaluations.items():
-            if self._writer.last.get(split, {}).get("step") == self._step:
-                continue
-            sums = evaluate(self._state, stopping)
+        for split in self._not_evaluated():
+            sums = self._evaluations[split](self._state, stopping)
             if sums is None:
                 return exit_code, rows
             rows.append(self._write(split, self._step, self._experiment.mean_metrics(sums)))

@@ -125,24 +125,38 @@ def test_killed_between_the_last_checkpoint_and_the_result(finished, tmp_path):
     assert read_rows(tmp_path / "run") == read_rows(workdir)
 
 
-@pytest.mark.parametrize("reads", [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    "reads", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, -5, -4, -1))]
+)
 def test_what_is_interrupted_is_saved_whenever_the_signal_comes(tmp_path, monkeypatch, reads):
-    """A request that is there from its n-th reading on: between calls, and in an evaluation."""
+    """A request that is there from its n-th reading on: between calls, and in an evaluation.
+
+    The last four readings are those of the last evaluation, before them comes that of the last
+    call.
+    """
+    config = make_config(eval__every="2st", eval__batch_size=100)
 
     class Later:
+        count = 0
+
         @property
         def exit_code(self):
-            self.count = getattr(self, "count", 0) + 1
+            self.count += 1
             return 75 if self.count >= reads else 0
 
+    if reads < 0:
+        counter, from_the_end, reads = Later(), reads, 10**9
+        monkeypatch.setattr(loop, "stop_requests", lambda: contextlib.nullcontext(counter))
+        train(config, tmp_path / "whole")
+        reads = counter.count + 1 + from_the_end
     monkeypatch.setattr(loop, "stop_requests", lambda: contextlib.nullcontext(Later()))
     with pytest.raises(Interrupted) as stop:
-        train(make_config(eval__every="2st", eval__batch_size=100), tmp_path)
+        train(config, tmp_path)
     assert stop.value.exit_code == 75
     assert stop.value.saved_step == stop.value.step
     assert (tmp_path / "checkpoints" / str(stop.value.step)).is_dir()
     monkeypatch.undo()
-    train(make_config(eval__every="2st", eval__batch_size=100), tmp_path)
+    train(config, tmp_path)
     assert [row["step"] for row in read_rows(tmp_path, "test")] == [*range(2, 29, 2), 29]
 
 
