@@ -419,7 +419,7 @@ def complaint(read, *args) -> str | None:
     [
         *((name, 5 if reader.heavy else 50) for name, reader in READERS.items()),
         *(
-            pytest.param(name, 100 if reader.heavy else 1000, marks=pytest.mark.slow)
+            pytest.param(name, 100 if reader.heavy else 1000, marks=pytest.mark.soak)
             for name, reader in READERS.items()
         ),
     ],

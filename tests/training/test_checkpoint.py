@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(
     damaged_alike(finished, tmp_path, caplog, damage, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("damage", [flip, truncate, zero])
 def test_a_hundred_damaged_checkpoints(finished, tmp_path, caplog, damage):
     older = [damaged_alike(finished, tmp_path, caplog, damage, seed) for seed in range(100, 200)]
