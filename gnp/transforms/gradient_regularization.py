@@ -12,12 +12,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnp.transforms.norms import (
+    ScaledNorm,
+    largest,
+    power_to_unit,
+    saturated,
+    scaled_norm,
+    times,
+    wide,
+)
+
 ESTIMATORS = ("finite_difference", "exact")
 PENALTIES = ("norm", "squared_norm")
 
 
 class GradientRegularizationState(NamedTuple):
-    """The number of updates made, and what the last one did (float32 scalars, to be plotted)."""
+    """The number of updates made, and what the last one did (float32 scalars, to be plotted).
+
+    A norm is finite where all that it is of is: beyond float32's largest number it is that number.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count, which no state needs
     radius: jax.Array
@@ -48,7 +61,9 @@ def gradient_regularization(
 
     with the global L2 norm over all parameters. :math:`\alpha = 1` is SAM. A zero gradient gives
     :math:`\epsilon = 0`. Norms, perturbation and mix are computed in float32 at least and rounded
-    to the parameters' and the updates' own dtypes.
+    to the parameters' and the updates' own dtypes. :math:`\epsilon` has its length, and no finite
+    number becomes an inf or a NaN, also where the squares of g overflow or vanish; gradients below
+    the smallest normal number, 1.2e-38, count as 0.
 
     Cost: two gradients a step, and one where :math:`\alpha_t = 0` (the second is not computed).
 
@@ -154,26 +169,32 @@ def gradient_regularization(
         t = optax.safe_increment(state.count)
         radius_t = jnp.asarray(radius(t) if callable(radius) else radius)
         ratio_t = jnp.asarray(ratio(t) if callable(ratio) else ratio)
+        if fixed_ratio == 0.5:  # of which XLA would make half of a sum that can overflow
+            ratio_t = jax.lax.optimization_barrier(ratio_t)
         ascent = updates if ascent_grads is None else ascent_grads
 
-        norm_fn: Callable[..., Any] = _global_norm
-        perturbation = functools.partial(
-            _perturbation,
-            normalise=penalty == "norm",
-            adaptive=adaptive,
-            mask=mask(params) if callable(mask) else mask,
+        norm_fn = functools.partial(scaled_norm, stacked=num_groups is not None)
+        products: Callable[..., Any] = _products
+        perturbation: Callable[..., Any] = functools.partial(
+            _perturbation if penalty == "norm" else _squared_norm_perturbation, adaptive=adaptive
         )
         origin = params
         if num_groups is not None:
             _check_groups(ascent, num_groups)
-            norm_fn = jax.vmap(norm_fn)
-            perturbation = jax.vmap(perturbation, in_axes=(None, 0, None))
+            products = jax.vmap(products, in_axes=(None, 0))
+            perturbation = jax.vmap(perturbation, in_axes=(None, 0, 0, None))
             origin = jax.tree.map(
                 lambda p: jnp.broadcast_to(p, (num_groups, *jnp.shape(p))), params
             )
 
         def regularized(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
-            epsilon = perturbation(params, ascent, radius_t)
+            along = ascent
+            if mask is not None:
+                along = _perturbed(mask(params) if callable(mask) else mask, ascent)
+            if adaptive and penalty == "norm":
+                along = products(params, along)
+            norm_along = ascent_norm if along is ascent else norm_fn(along)
+            epsilon = perturbation(params, along, norm_along, radius_t)
             if estimator == "exact":
                 tangents = jax.tree.map(
                     lambda e, p: jnp.asarray(e, jnp.asarray(p).dtype), epsilon, origin
@@ -187,67 +208,95 @@ def gradient_regularization(
                     lambda g, h: jnp.asarray(h, jnp.asarray(g).dtype), updates, second
                 )
             else:
-                mixed = jax.tree.map(lambda g, h: _mix(g, h, ratio_t), updates, second)
-            return _mean(mixed, num_groups), jnp.mean(norm_fn(second))
+                up_to_1 = fixed_ratio is not None and fixed_ratio < 1
+                mix = functools.partial(_mix, ratio=ratio_t, up_to_1=up_to_1)
+                mixed = jax.tree.map(mix, updates, second)
+            return _mean(mixed, num_groups), _mean(norm_fn(second).value(), num_groups)
 
         def plain(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
             return _mean(updates, num_groups), jnp.zeros_like(norm)
 
-        norm = jnp.mean(norm_fn(ascent))
+        ascent_norm = norm_fn(ascent)
+        norm = _mean(ascent_norm.value(), num_groups)
         if fixed_ratio is not None:
             mixed, second_norm = (regularized if fixed_ratio else plain)(updates)
         else:
             mixed, second_norm = jax.lax.cond(ratio_t != 0, regularized, plain, updates)
         report = (radius_t, ratio_t, norm, second_norm)
-        return mixed, GradientRegularizationState(t, *(x.astype(jnp.float32) for x in report))
+        return mixed, GradientRegularizationState(
+            t, *(saturated(wide(x), wide(x), jnp.float32) for x in report)
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _perturbed(mask: Any, grads: optax.Updates) -> optax.Updates:
+    """The gradients, zero for what is not perturbed."""
+    return jax.tree.map(lambda keep, g: g if keep else jax.tree.map(jnp.zeros_like, g), mask, grads)
+
+
+def _products(params: optax.Params, grads: optax.Updates) -> optax.Updates:
+    """θ g times a power of two, with which it does not overflow."""
+    power = power_to_unit(largest(grads))
+    return jax.tree.map(lambda p, g: wide(p) * times(power, wide(g)), params, grads)
+
+
 def _perturbation(
     params: optax.Params,
-    grads: optax.Updates,
+    along: optax.Updates,
+    norm: ScaledNorm,
     radius: jax.Array,
     *,
-    normalise: bool,
     adaptive: bool,
-    mask: Any | None,
 ) -> optax.Updates:
-    """The perturbation ε, in float32 at least; zero for a zero gradient and where masked out."""
-    if mask is not None:
-        grads = jax.tree.map(
-            lambda keep, g: g if keep else jax.tree.map(jnp.zeros_like, g), mask, grads
-        )
-    scaled = grads
-    if adaptive:
-        scaled = jax.tree.map(lambda p, g: _wide(p) * _wide(g), params, grads)
-    scale = radius
-    if normalise:
-        norm = _global_norm(scaled)
-        scale = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
+    """The perturbation ε, in float32 at least; zero where the norm is.
 
-    def epsilon(param: jax.Array, scaled_grad: jax.Array) -> jax.Array:
-        wide = _wide(scaled_grad)
+    Args:
+      params: θ.
+      along: g, or θ g up to a factor.
+      norm: of `along`.
+      radius: r.
+      adaptive: whether ε has another factor θ.
+    """
+    power, unit_norm = norm.unit()
+    positive = unit_norm > 0
+    scale = jnp.where(positive, radius / jnp.where(positive, unit_norm, 1), 0)
+
+    def epsilon(param: jax.Array, x: jax.Array) -> jax.Array:
+        x = times(power, wide(x))
         if adaptive:
-            wide = _wide(param) * wide
-        return scale.astype(wide.dtype) * wide
+            x = wide(param) * x
+        return times(scale, x)
 
-    return jax.tree.map(epsilon, params, scaled)
+    return jax.tree.map(epsilon, params, along)
+
+
+def _squared_norm_perturbation(
+    params: optax.Params,
+    grads: optax.Updates,
+    norm: ScaledNorm,
+    radius: jax.Array,
+    *,
+    adaptive: bool,
+) -> optax.Updates:
+    """The perturbation r g, or r θ² g, in float32 at least."""
+    del norm
+
+    def epsilon(param: jax.Array, grad: jax.Array) -> jax.Array:
+        param, grad = wide(param), wide(grad)
+        if not adaptive:
+            return times(radius, grad)
+        product = param * (param * grad)
+        # Where that overflows, |θ| is above 1 and r θ does not vanish.
+        return jnp.where(
+            jnp.isfinite(product), times(radius, product), times(radius, param) * grad * param
+        )
+
+    return jax.tree.map(epsilon, params, grads)
 
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """`x` in float32 at least."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _global_norm(tree: Any) -> jax.Array:
-    squares = (jnp.sum(jnp.square(_wide(x))) for x in jax.tree.leaves(tree))
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
 def _add(param: jax.Array, epsilon: jax.Array) -> jax.Array:
@@ -255,18 +304,31 @@ def _add(param: jax.Array, epsilon: jax.Array) -> jax.Array:
     return (param.astype(epsilon.dtype) + epsilon).astype(param.dtype)
 
 
-def _mix(first: jax.Array, second: jax.Array, ratio: jax.Array) -> jax.Array:
-    wide = _wide(first)
-    ratio = ratio.astype(wide.dtype)
-    mixed = (1 - ratio) * wide + ratio * jnp.asarray(second, wide.dtype)
-    return mixed.astype(jnp.asarray(first).dtype)
+def _mix(first: jax.Array, second: jax.Array, *, ratio: jax.Array, up_to_1: bool) -> jax.Array:
+    dtype = jnp.asarray(first).dtype
+    first = wide(first)
+    ratio, second = ratio.astype(first.dtype), jnp.asarray(second, first.dtype)
+    mixed = (1 - ratio) * first + ratio * second
+    if not up_to_1:
+        # The terms can overflow where their sum does not.
+        above = jnp.maximum(ratio, 1)
+        halved = (1 - ratio) / above / 2 * first + ratio / above / 2 * second
+        mixed = jnp.where(jnp.isfinite(mixed), mixed, halved * above * 2)
+    return mixed.astype(dtype)
 
 
 def _mean(tree: Any, num_groups: int | None) -> Any:
     """The mean over the groups' leading axis, where there is one."""
     if num_groups is None:
         return tree
-    return jax.tree.map(lambda x: jnp.mean(_wide(x), axis=0).astype(x.dtype), tree)
+
+    def mean(x: jax.Array) -> jax.Array:
+        plain = jnp.mean(wide(x), axis=0)
+        # The sum can overflow where the mean does not.
+        halved = jnp.sum(wide(x) / (2 * num_groups), axis=0)
+        return jnp.where(jnp.isfinite(plain), plain, saturated(2 * halved, halved)).astype(x.dtype)
+
+    return jax.tree.map(mean, tree)
 
 
 def _check_groups(tree: Any, num_groups: int) -> None:

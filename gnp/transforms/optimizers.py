@@ -343,9 +343,19 @@ def _moments(
     grads: optax.Updates, mu: optax.Updates, nu: optax.Updates, b1: float, b2: float
 ) -> tuple[optax.Updates, optax.Updates]:
     """The moving averages of g and g², in the dtype of those before."""
-    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * jnp.asarray(g, m.dtype), mu, grads)
-    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.asarray(g, v.dtype) ** 2, nu, grads)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * _squarable(g, m.dtype), mu, grads)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * _squarable(g, v.dtype) ** 2, nu, grads)
     return mu, nu
+
+
+def _squarable(grad: jax.Array, dtype: Any) -> jax.Array:
+    """The gradient within what has a finite square: ±2⁶³ in float32, unless it is inf or NaN.
+
+    The second moment would be inf for ever. Clipped for both moments, their ratio stays right.
+    """
+    grad = jnp.asarray(grad, dtype)
+    largest = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 1)
+    return jnp.where(jnp.isfinite(grad), jnp.clip(grad, -largest, largest), grad)
 
 
 class ScaleByAdaboundState(NamedTuple):

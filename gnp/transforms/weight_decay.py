@@ -4,12 +4,15 @@ Reference: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mi
 Gradient-Norm Perspective", NeurIPS 2023 (arXiv:2011.11152), Eq. 9 and Algorithm 2.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from gnp.transforms.norms import mean_of_large, saturated
 
 
 class ScheduledWeightDecayState(NamedTuple):
@@ -46,7 +49,8 @@ def scheduled_weight_decay(
     :math:`\hat v_t = v_t / (1 - \beta_2^t)`, :math:`v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2`.
     The mean is linear, so :math:`\bar v` is the bias-corrected moving average of
     :math:`\operatorname{mean}(g^2)`: one scalar of state, whatever the base optimizer keeps.
-    A zero :math:`\bar v` decays nothing.
+    A zero :math:`\bar v` decays nothing, and one beyond the largest number is that number: it stays
+    finite where the gradients are.
 
     Cost: one gradient a step. Put `scale_by_learning_rate` after it, and clipping before it.
 
@@ -105,9 +109,17 @@ def scheduled_weight_decay(
         t = optax.safe_increment(state.count)
         dtype = state.mean_nu.dtype
         mean_nu = (b2 * state.mean_nu + (1 - b2) * _mean(updates, dtype, power=2)).astype(dtype)
+
+        def mean_nu_of_large(grads: optax.Updates) -> jax.Array:
+            square = mean_of_large(grads, dtype, power=2)
+            return (b2 * state.mean_nu + (1 - b2) * square).astype(dtype)
+
+        mean_nu = _unless_finite(mean_nu, mean_nu_of_large, updates)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if second_moment is not None:
-            mean_nu = _mean(second_moment(inner_state), dtype, power=1)
+            nu = second_moment(inner_state)
+            of_large = functools.partial(mean_of_large, dtype=dtype, power=1)
+            mean_nu = _unless_finite(_mean(nu, dtype, power=1), of_large, nu)
         factor = _decay_factor(mean_nu, t, b2)
 
         def decayed(update: jax.Array, param: jax.Array) -> jax.Array:
@@ -130,10 +142,16 @@ def scheduled_weight_decay(
 
 
 def _decay_factor(mean_nu: jax.Array, t: jax.Array, b2: float | jax.Array) -> jax.Array:
-    """1/√v̄, or 0 where v̄ is 0; `mean_nu` is before bias correction."""
+    """1/√v̄, or 0 where v̄ is below the smallest normal number; `mean_nu` is before correction."""
     corrected = mean_nu / (1 - jnp.asarray(b2, mean_nu.dtype) ** t.astype(mean_nu.dtype))
-    positive = corrected > 0
+    corrected = saturated(corrected, mean_nu)
+    positive = corrected >= jnp.finfo(mean_nu.dtype).tiny
     return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, corrected, 1)), 0)
+
+
+def _unless_finite(x: jax.Array, otherwise: Callable[[Any], jax.Array], tree: Any) -> jax.Array:
+    """`x`, or `otherwise(tree)` where it is inf or NaN."""
+    return jax.lax.cond(jnp.isfinite(x), lambda _: x, otherwise, tree)
 
 
 def _wide_dtype(tree: Any) -> Any:
