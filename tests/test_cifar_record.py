@@ -161,7 +161,7 @@ def test_the_second_gradient_is_behind_a_branch(program, count):
     arguments = (program.init(seeds), seeds, *numbers, program.data.train_input())
     branches = list(conditionals(jax.make_jaxpr(program.train_call)(*arguments)))
     with_products = [sorted("dot_general" in str(b) for b in each) for each in branches]
-    assert with_products == [[False, True]]
+    assert [each for each in with_products if any(each)] == [[False, True]]
     if count > 1:
         compiled = program.train_call.lower(*arguments).compile().as_text()
         assert " conditional(" in compiled

@@ -61,10 +61,10 @@ def make_train_step(
     The average of the parameters and the running statistics, with t the updates made:
     ema ← d ema + (1 − d) θ, d = min(`ema_decay`, (1 + t) / (10 + t)).
 
-    A step whose loss or gradients are not finite is left out: parameters and optimizer stay as they
-    are, and the next step takes the next batch. After `nonfinite_limit` such steps in a row the
-    state stays at the last of them, whatever batches come: `step` and `data_step` are those of the
-    step that failed.
+    A step whose loss or squared gradient norms are not finite is left out: parameters and optimizer
+    stay as they are, and the next step takes the next batch. After `nonfinite_limit` such steps in a
+    row the state stays at the last of them, whatever batches come: `step` and `data_step` are those
+    of the step that failed.
 
     Args:
       model: a Flax Linen module as `gnp.models.create` makes it, inputs to logits.
@@ -109,22 +109,23 @@ def make_train_step(
         )
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones((), jnp.float32)
+        updates_made = state.step - state.nonfinite.total
         metrics["weight_norm"] = optax.tree.norm(state.params)
         values: MetricSums = {
             **{name: (value, one) for name, value in metrics.items()},
-            **optimizer.report(opt_state, state.step),
+            **optimizer.report(opt_state, updates_made),
         }
         if "grad_norm" not in values:
             values["grad_norm"] = (optax.tree.norm(grads), one)
         ema = None
         if ema_decay is not None:
-            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            decay = jnp.minimum(ema_decay, (1 + updates_made) / (10 + updates_made))
             ema = jax.tree.map(
                 lambda a, x: decay * a + (1 - decay) * x, state.ema, averaged(params, model_state)
             )
-        checked = [
-            values[x][0] for x in ("loss", "grad_norm", "perturbed_grad_norm") if x in values
-        ]
+        # A square that overflows would stay in the optimizer's second moments for ever.
+        norms = [values[x][0] for x in ("grad_norm", "perturbed_grad_norm") if x in values]
+        checked = [values["loss"][0], *map(jnp.square, norms)]
         values["skipped"] = (jnp.zeros(()), one)
         restart = state.step % log_every == 0
         updated = state.replace(

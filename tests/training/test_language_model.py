@@ -83,7 +83,7 @@ def test_the_state_is_that_of_the_first_gradient():
 
 def test_one_device_and_eight_agree():
     model, optimizer, state = make(rate=0.5, radius=0.1)
-    (one, metrics), (eight, metrics8) = (
+    (one, (metrics, _)), (eight, (metrics8, _)) = (
         run(state, model, optimizer, steps=4, devices=devices) for devices in (1, 8)
     )
     assert_close(one.params, eight.params, rtol=1e-4, atol=1e-5)

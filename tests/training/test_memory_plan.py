@@ -26,8 +26,8 @@ def shape(*sizes, **fields):
 
 
 def state_of(params, **fields):
-    fields = {"step": shape(), "model_state": {}, "opt_state": (), "metrics": {}} | fields
-    return TrainState(params=params, **fields)
+    empty = dict.fromkeys(("step", "data_step", "model_state", "opt_state", "metrics", "nonfinite"))
+    return TrainState(params=params, **(empty | {"step": shape()} | fields))
 
 
 def fullest(function, *inputs, params=None):
