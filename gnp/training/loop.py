@@ -204,7 +204,9 @@ class _Run:
             self._compile()
         self._clock, self._since_log = _Clock(), _Clock()
         self._device_free = time.monotonic()
-        self._seconds_per_step = CALL_SECONDS  # not known before the first call, of one step
+        # Of a step, here and as agreed; not known before the first call, which is of one step. How
+        # many steps a call has must be the same in every process.
+        self._seconds_here = self._seconds_per_step = CALL_SECONDS
         self._agreement = Agreement(experiment.mesh, (0, 0, self._seconds_per_step))
         self._skipped, self._rollbacks, self._furthest = int(self._state.nonfinite.total), 0, 0
         self._progress = Progress(
@@ -303,7 +305,7 @@ class _Run:
                 waiting = call
                 # Asked once: what is then raised must have been saved.
                 stopping, wanted, self._seconds_per_step = self._agreement.exchange(
-                    self._stop.exit_code, self._save_wanted(), self._seconds_per_step
+                    self._stop.exit_code, self._save_wanted(), self._seconds_here
                 )
                 if stopping or wanted or self._is_due(self._eval_every, self._save_every):
                     rows, waiting = self._finish(waiting), None
@@ -341,7 +343,7 @@ class _Run:
         jax.block_until_ready(call.report)
         now = time.monotonic()
         seconds, self._device_free = now - self._device_free, now
-        self._seconds_per_step = seconds / call.num_steps
+        self._seconds_here = seconds / call.num_steps
         waited, self._waited = self._batches.waited - self._waited, self._batches.waited
         for clock in (self._clock, self._since_log):
             clock.add(seconds, call.num_steps, waited)
@@ -409,7 +411,7 @@ class _Run:
         def stopping() -> bool:
             nonlocal exit_code
             self._watchdog.alive(f"evaluating at step {self._step}")
-            votes = self._agreement.exchange(self._stop.exit_code, 0, self._seconds_per_step)
+            votes = self._agreement.exchange(self._stop.exit_code, 0, self._seconds_here)
             exit_code = int(votes[0])
             return bool(exit_code)
 
