@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from etils import epath
+
+from gnp import distributed
 from gnp.errors import UserError, unknown
+
+_STORES = {"gs": "gcsfs", "s3": "s3fs"}  # and the package that etils reads each with
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,15 +52,43 @@ def overrides(arguments: Sequence[str], flags: Sequence[str]) -> list[tuple[str,
     return pairs
 
 
+def directory(text: str) -> epath.Path:
+    """The directory that a flag names, local or on an object store.
+
+    Raises:
+      UserError: if it is on one that cannot be reached from here.
+    """
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme not in _STORES:
+        raise UserError(f"{text}: a directory is local, or as {' or '.join(_STORES)}://BUCKET/NAME")
+    path = epath.Path(text)
+    if separator:
+        try:
+            path.exists()
+        except ImportError:
+            raise UserError(
+                f"{text} cannot be read without {_STORES[scheme]}; install it"
+            ) from None
+        except Exception as error:  # each store's client has its own
+            raise UserError(f"{text} cannot be reached: {error!r}") from None
+    return path
+
+
 def run(main: Callable[[], int]) -> NoReturn:
-    """Runs a command line's `main` and exits with its code, or with 2 on a `UserError`."""
+    """Runs a command line's `main` and exits with its code, or with 2 on a `UserError`.
+
+    Of several processes one that ends with an error does not wait for the others.
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs traces of what it also raises
     try:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        distributed.leave(2, str(error))
         code = 2
     except BrokenPipeError:  # as in `… | head`
+        distributed.leave(1, "nobody reads its output any more")
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -5,6 +5,9 @@ from collections.abc import Iterable
 
 _LONGEST = 4000  # characters of a message; what comes from files may be of any length
 
+# The exit code that asks to be started again: sysexits.h, "the user is invited to retry".
+EX_TEMPFAIL = 75
+
 
 class UserError(Exception):
     """A mistake of the user's: the message says what is wrong, where, and what would be right.

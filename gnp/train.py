@@ -4,13 +4,12 @@ import os
 import shlex
 import signal
 import sys
-import threading
-from typing import Any
+from typing import Any, NoReturn
 
 from gnp import config as gnp_config
 from gnp import distributed, environment, models
 from gnp.command_line import Parser, directory, overrides, run
-from gnp.errors import UserError
+from gnp.errors import EX_TEMPFAIL, UserError
 
 DESCRIPTION = """\
 Trains a model, or continues the run in the work directory.
@@ -138,42 +137,13 @@ def _speed(result: dict[str, Any], dtype: str) -> str:
     )
 
 
-def _end_on_sigterm() -> None:
-    """Has SIGTERM end the process at once with the code for "start me again".
-
-    Not where a run in training has its own handler, the first time. A thread does it, since
-    Python's handlers wait for what the interpreter has called, and a compilation may take longer
-    than a scheduler waits.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def handler(number: int, frame: Any) -> None:
-        """Has the number written to the pipe."""
-
-    def watch() -> None:
-        ends = [handler]
-        while True:
-            (number,) = os.read(reader, 1)
-            if number == signal.SIGTERM:
-                current = signal.getsignal(signal.SIGTERM)
-                if current in ends:
-                    os.write(2, b"\nterminated; to go on, start the same command again\n")
-                    distributed.leave(distributed.EX_TEMPFAIL, "terminated")
-                    os._exit(distributed.EX_TEMPFAIL)
-                ends.append(current)
-
-    def forget() -> None:
-        """A child that is forked has the pipe, but not the thread."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, handler)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=watch, name="SIGTERM", daemon=True).start()
-    os.register_at_fork(after_in_child=forget)
+def _end_on_sigterm(number: int, frame: Any) -> NoReturn:
+    """Ends the process at once, before and after training, with the code for "start me again"."""
+    os.write(2, b"\nterminated; to go on, start the same command again\n")
+    distributed.leave(EX_TEMPFAIL, "terminated")
+    os._exit(EX_TEMPFAIL)
 
 
 if __name__ == "__main__":
-    _end_on_sigterm()
+    signal.signal(signal.SIGTERM, _end_on_sigterm)
     run(main)

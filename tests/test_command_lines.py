@@ -1,37 +1,14 @@
-"""The command lines in processes of their own: help, mistakes, interruptions, continuing."""
+"""The command lines in processes of their own: help, mistakes, a whole run, progress."""
 
 import json
 import os
-import pathlib
-import signal
 import struct
 import subprocess
-import sys
-import time
 
 import pytest
 
 from tests.data.cifar_like import write_cifar
-
-ROOT = pathlib.Path(__file__).parents[1]
-TINY = [
-    *("--config.model.width=12", "--config.model.depth=1", "--config.model.num_heads=2"),
-    *("--config.data.batch_size=100", "--config.mesh.data=1", "--config.log.every=5st"),
-]
-
-
-def command(module, *flags):
-    return [sys.executable, "-m", f"gnp.{module}", *map(str, flags)]
-
-
-def run(module, *flags):
-    return subprocess.run(
-        command(module, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
-def train(workdir, *flags, config="configs/digits.py"):
-    return run("train", f"--config={config}", f"--workdir={workdir}", *flags)
+from tests.runs import ROOT, TINY, command, run, train
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "export", "report"])
@@ -109,65 +86,6 @@ def test_train_on_cifar_evaluate_and_report(tmp_path):
     (workdir / "report.html").unlink()
     assert run("report", workdir).returncode == 0
     assert (workdir / "report.html").exists()
-
-
-def begin(workdir, flags, rows):
-    """Starts the run and returns its process when it has written so many rows of metrics."""
-    process = subprocess.Popen(
-        command("train", "--config=configs/digits.py", f"--workdir={workdir}", *flags),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not metrics.exists() or metrics.read_text().count("\n") < rows:
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        assert time.monotonic() < deadline, "the run made no progress"
-        time.sleep(0.005)
-    return process
-
-
-def comparable(workdir):
-    """All that a run leaves, without times."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["wall_time"]
-        row.pop("images_per_second", None)
-    return rows, json.loads((workdir / "result.json").read_text())["params_sha256"]
-
-
-@pytest.mark.slow
-def test_killed_interrupted_and_continued_is_bit_for_bit_the_run_that_was_not(tmp_path):
-    flags = [
-        *(*TINY, "--config.epochs=60", "--config.data.batch_size=50", "--config.log.every=10st"),
-        *("--config.checkpoint.every=100st", "--config.eval.every=30st"),
-        *("--config.model.dropout=0.1", "--config.steps_per_call=7"),
-    ]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train(whole, *flags).returncode == 0
-
-    process = begin(broken, flags, rows=20)
-    process.kill()  # with a checkpoint behind it, in the middle of a call or of a save
-    process.communicate()
-    process = begin(broken, flags, rows=30)
-    refused = train(broken, *flags)
-    assert refused.returncode == 2
-    assert "another process is training in" in refused.stderr
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    again = f"{sys.executable} -m gnp.train --config=configs/digits.py"
-    assert f"and saved. To continue it:\n  {again}" in stderr
-    assert not (broken / "result.json").exists()
-    done = train(broken, *flags)
-    assert done.returncode == 0, done.stderr
-    assert "continues at step" in done.stderr
-
-    rows, sha256 = comparable(broken)
-    expected_rows, expected_sha256 = comparable(whole)
-    assert sha256 == expected_sha256
-    assert rows == expected_rows
 
 
 @pytest.mark.slow

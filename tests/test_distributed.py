@@ -36,14 +36,16 @@ MPIRUN = {
 }
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.2", "JOB_COMPLETION_INDEX": "3"}
 PROGRAM = """
-import os, signal
+import os, signal, time
 from gnp import distributed
 from gnp.command_line import Parser, run
+from gnp.errors import UserError
 
 def main():
     parser = Parser("x", "")
     distributed.add_flags(parser)
     parser.add_argument("--end", default="")
+    parser.add_argument("--who", type=int, default=1)
     flags = parser.parse_args()
     distributed.join(flags.coordinator, flags.num_processes, flags.process_id,
                      forced=flags.distributed, timeout=flags.join_timeout)
@@ -51,10 +53,14 @@ def main():
     from jax.experimental.multihost_utils import process_allgather
     number = jax.process_index()
     print(number, jax.process_count(), process_allgather(jax.numpy.array(number)).tolist())
-    if flags.end == "SIGTERM" and number == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    if flags.end == "exception" and number == 1:
-        raise ValueError("an error of process 1 alone")
+    if flags.end.startswith("SIG") and number == flags.who:
+        os.kill(os.getpid(), getattr(signal, flags.end))
+    if flags.end == "exception" and number == flags.who:
+        raise ValueError(f"an error of process {number} alone")
+    if flags.end == "mistake" and number == flags.who:
+        raise UserError(f"a mistake that process {number} has found")
+    if flags.end == "waiting":  # not in a collective operation
+        time.sleep(600)
     if flags.end:
         process_allgather(jax.numpy.array(number))
     return 0
@@ -142,6 +148,7 @@ def test_what_a_launcher_says_is_taken_and_the_rest_left_to_jax(calls, environ, 
     distributed.join(environ=environ, timeout=7)
     (call,) = calls
     assert call.pop("initialization_timeout") > 7  # the end of waiting is not JAX's
+    assert call.pop("heartbeat_timeout_seconds") == distributed.HEARTBEAT_TIMEOUT
     assert call == {
         "coordinator_address": None,
         "num_processes": known[0],
@@ -272,22 +279,112 @@ def test_two_processes_join_and_end(how):
             assert f"{number} 2 [0, 1]" in out.splitlines()
 
 
-@pytest.mark.parametrize(("end", "code"), [("exception", 1), ("SIGTERM", -signal.SIGTERM)])
-def test_the_end_of_one_process_ends_the_other(end, code):
+AGAIN = "; start all processes again: they go on from the last checkpoint\n"
+
+
+def message(err):
+    """The one line that is ours; jaxlib has its own log."""
+    (line,) = [line for line in err.splitlines(keepends=True) if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("end", "who", "code", "told"),
+    [
+        ("exception", 1, 1, "ended: ValueError: an error of process 1 alone"),
+        ("SIGTERM", 1, -signal.SIGTERM, "has ended or cannot be reached"),
+        pytest.param("exception", 0, 1, "ended: ValueError: an error", marks=pytest.mark.slow),
+        pytest.param("mistake", 1, 2, "ended: a mistake that process 1", marks=pytest.mark.slow),
+        pytest.param("mistake", 0, 2, "ended: a mistake that process 0", marks=pytest.mark.slow),
+        pytest.param("SIGKILL", 0, -9, "has ended or cannot be reached", marks=pytest.mark.slow),
+    ],
+)
+def test_the_end_of_one_process_ends_the_other(end, who, code, told):
     """JAX by itself would let both wait for 5 minutes, and take SIGTERM for itself."""
     port = free_port()
     with contextlib.ExitStack() as stack:
-        first, second = (
+        processes = [
             stack.enter_context(
-                start(["-c", PROGRAM, f"--end={end}", *launched("flags", number, port)[0]])
+                start(
+                    [
+                        *("-c", PROGRAM, f"--end={end}", f"--who={who}"),
+                        *launched("flags", number, port)[0],
+                    ]
+                )
             )
             for number in range(2)
+        ]
+        one, other = processes[who], processes[1 - who]
+        _, err = one.communicate(timeout=60)
+        assert one.returncode == code, err
+        assert end != "exception" or f"ValueError: an error of process {who} alone" in err
+        assert (
+            end != "mistake" or message(err) == f"error: a mistake that process {who} has found\n"
         )
-        _, err = second.communicate(timeout=60)
-        assert second.returncode == code, err
-        assert end == "SIGTERM" or "ValueError: an error of process 1 alone" in err
-        first.communicate(timeout=60)
-        assert first.returncode not in (0, None)
+        _, err = other.communicate(timeout=60)
+        assert other.returncode == distributed.EX_TEMPFAIL == 75, err
+        assert message(err).startswith(f"error: process {who} of 2 {told}")
+        assert message(err).endswith(AGAIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_that_falls_silent_is_not_waited_for(who):
+    """As one whose host or network is lost; the others wait in no collective operation."""
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number in range(2):
+            flags, env = launched("flags", number, port)
+            command = ["-u", "-c", PROGRAM, "--end=waiting", *flags]
+            processes.append(stack.enter_context(start(command, env)))
+        for number, process in enumerate(processes):
+            while not process.stdout.readline().startswith(f"{number} 2"):
+                assert process.poll() is None
+        time.sleep(3)
+        processes[who].send_signal(signal.SIGSTOP)
+        _, err = processes[1 - who].communicate(timeout=distributed.HEARTBEAT_TIMEOUT + 15)
+    assert processes[1 - who].returncode == 75, err
+    assert message(err) == f"error: process {who} of 2 has ended or cannot be reached{AGAIN}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_run_goes_on_when_all_are_started_again_after_one_was_killed(tmp_path, who):
+    def both(stack):
+        port = free_port()
+        return [
+            stack.enter_context(
+                train(
+                    tmp_path,
+                    *launched("flags", number, port)[0],
+                    *("--config.epochs=5", "--config.checkpoint.every=20st"),
+                )
+            )
+            for number in range(2)
+        ]
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with contextlib.ExitStack() as stack:
+        processes = both(stack)
+        until = time.monotonic() + 300
+        while not list(checkpoints.glob("[1-9]*0")):
+            assert time.monotonic() < until
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.02)
+        processes[who].kill()
+        killed = time.monotonic()
+        _, err = processes[1 - who].communicate(timeout=60)
+        assert time.monotonic() - killed < distributed.HEARTBEAT_TIMEOUT + 15
+        assert processes[1 - who].returncode == 75, err
+        assert message(err) == f"error: process {who} of 2 has ended or cannot be reached{AGAIN}"
+    assert not (tmp_path / "run" / "result.json").exists()
+    with contextlib.ExitStack() as stack:
+        again = both(stack)
+        outcomes = [process.communicate(timeout=280) for process in again]
+    assert [process.returncode for process in again] == [0, 0], outcomes
+    assert "continues at step" in outcomes[0][1]
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def train(tmp_path, *flags):

@@ -7,16 +7,19 @@ which a run is continued changes it.
 import contextlib
 import ctypes
 import dataclasses
+import faulthandler
 import functools
 import gc
 import logging
 import multiprocessing
 import os
+import pathlib
 import queue
+import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -32,11 +35,13 @@ from gnp.memory import keep_freed_memory
 _log = logging.getLogger(__name__)
 
 # "image" uint8[rows, H, W, C], "label" int32[rows], "damaged": a line for each example left out,
-# "error": what is wrong where that must not be, or None.
+# "error": what is wrong where that must not be, or None, "pid": the process that made it.
 HostBatch = dict[str, Any]
 
 
 AHEAD = 2  # batches that wait on the devices
+WAIT_WARNING = 60.0  # seconds of waiting for a batch after which that is said
+RESTARTS = 2  # how often the processes that read are started again if one is killed
 _PR_SET_PDEATHSIG = 1  # the number of prctl's option
 
 
@@ -183,13 +188,22 @@ def _read(
         try:
             image, label, problem = readable(records, i, decode, skip_damaged=skip_damaged)
         except DamagedError as error:
-            return {"error": str(refusal(str(error), skip_damaged=skip_damaged))}
+            return {
+                "error": str(refusal(str(error), skip_damaged=skip_damaged)),
+                "pid": os.getpid(),
+            }
         if images is None:
             images = np.empty((len(indices), *image.shape), np.uint8)
         images[row], labels[row] = image, label
         if problem:
             damaged.append(problem)
-    return {"image": images, "label": labels, "damaged": damaged, "error": None}
+    return {
+        "image": images,
+        "label": labels,
+        "damaged": damaged,
+        "error": None,
+        "pid": os.getpid(),
+    }
 
 
 class Feed(Protocol):
@@ -215,7 +229,8 @@ class StreamFeed:
       told: what has been said of damaged examples; each is said only once.
 
     Raises:
-      UserError: by `get`, for a damaged example that is not to be left out, and if a worker dies.
+      UserError: by `get`, for a damaged example that is not to be left out, and if workers die
+        again and again.
     """
 
     def __init__(
@@ -228,6 +243,7 @@ class StreamFeed:
         told: set[str],
     ):
         self.waited = 0.0
+        self._next = first
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=AHEAD)
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -241,6 +257,8 @@ class StreamFeed:
     def get(self, busy: Any = None) -> Any:
         """The next batch on the devices, waiting for it if need be.
 
+        Long waiting is told, each time after twice as long.
+
         Raises:
           EOFError: if there is none any more.
         """
@@ -249,12 +267,26 @@ class StreamFeed:
         except queue.Empty:
             jax.block_until_ready(busy)
             began = time.monotonic()
-            item = self._queue.get()
+            item = self._wait()
             self.waited += time.monotonic() - began
         if isinstance(item, BaseException):
             self._queue.put(item)  # for whoever asks again
             raise item
+        self._next += 1
         return item
+
+    def _wait(self) -> Any:
+        waited, longest = 0.0, WAIT_WARNING
+        while True:
+            try:
+                return self._queue.get(timeout=longest - waited)
+            except queue.Empty:
+                waited, longest = longest, 2 * longest
+                _log.warning(
+                    "waiting for data since %.3g s (batch %d): what reads it may be stuck, as on "
+                    "storage that does not answer, or too slow for this machine",
+                    *(waited, self._next),
+                )
 
     def close(self, seconds: float = 30.0) -> None:
         """Ends the workers and the thread, or leaves them to end by themselves after a time."""
@@ -294,7 +326,7 @@ class StreamFeed:
                         }
                     )
                 self._queue.put(EOFError("there are no more batches"))
-        except Exception as error:
+        except BaseException as error:  # whatever it is, `get` waits for something
             self._queue.put(error)
 
 
@@ -302,37 +334,92 @@ class StreamFeed:
 def iterate(reader: Reader, first: int, num_workers: int) -> Iterator[Iterator[HostBatch]]:
     """The batches of a reader from `first` on, in order, made ahead of time.
 
+    If a process that makes them is killed, all are started again where they were, `RESTARTS` times.
+
     Args:
       reader: the batches.
       first: the number of the first.
       num_workers: processes that make them; 0 for a thread of this one.
-    """
-    import grain  # here, since most runs need no worker
-    from absl import flags
 
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain passes them on to its workers
-    left = len(reader) - first
-    num_workers = min(num_workers, left) if left > 1 else 0
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    batches = grain.MapDataset.source(reader)[first:].to_iter_dataset(ahead)
-    if num_workers > 0:
-        options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
-    iterator = iter(batches)
-    try:
-        yield iterator
-    except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):
-            raise
-        raise UserError(
-            "a process that reads the data was killed, perhaps for want of memory (lower "
-            "config.data.workers or config.data.batch_size), or it could not start (a script of "
-            "your own must train under if __name__ == '__main__')"
-        ) from error
-    finally:
-        iterator.close()
-        del iterator, batches
+    Raises:
+      UserError: by the iterator, if a process could not start, or is killed once too often.
+    """
+    with contextlib.closing(_restarting(reader, first, num_workers)) as batches:
+        yield batches
+
+
+def _restarting(reader: Reader, first: int, num_workers: int) -> Generator[HostBatch, None, None]:
+    for restarts in range(RESTARTS + 1):
+        with contextlib.closing(_Workers(reader, first, num_workers)) as workers:
+            try:
+                while first < len(reader):
+                    yield workers.take()  # keeping no reference: workers take its memory back
+                    first += 1
+                return
+            except _EndedError as error:
+                if not error.killed or restarts == RESTARTS:
+                    raise UserError(str(error)) from error
+                reason = str(error)
+        _log.warning("%s; started again at batch %d", reason, first)
+
+
+class _EndedError(Exception):
+    """A process that reads has ended unasked; `killed`: by a signal."""
+
+    def __init__(self, exit_code: int):
+        self.killed = exit_code < 0
+        super().__init__(
+            f"a process that reads the data was killed by signal {-exit_code}, perhaps for want of "
+            "memory (lower config.data.workers or config.data.batch_size)"
+            if self.killed
+            else f"a process that reads the data ended with exit code {exit_code}; perhaps it "
+            "could not start (a script of your own must train under if __name__ == '__main__')"
+        )
+
+
+class _Workers:
+    """The processes that make the batches of a reader, and their batches."""
+
+    def __init__(self, reader: Reader, first: int, num_workers: int):
+        import grain  # here, since most runs need no worker
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain passes them on to its workers
+        left = len(reader) - first
+        num_workers = min(num_workers, left) if left > 1 else 0
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        batches = grain.MapDataset.source(reader)[first:].to_iter_dataset(ahead)
+        if num_workers > 0:
+            options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+            batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
+        self._iterator: Any = iter(batches)
+        self._known: dict[int, Any] = {os.getpid(): None}
+
+    def take(self) -> HostBatch:
+        """The next batch.
+
+        Raises:
+          _EndedError: if any process that has made a batch has ended, or the one to make this.
+        """
+        for worker in self._known.values():
+            if worker is not None and worker.exitcode:
+                raise _EndedError(worker.exitcode)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            ended = re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))
+            if not ended:
+                raise
+            raise _EndedError(int(ended[1])) from error
+        if batch["pid"] not in self._known:
+            children = {child.pid: child for child in multiprocessing.active_children()}
+            self._known[batch["pid"]] = children.get(batch["pid"])  # None: it has died since
+        return batch
+
+    def close(self) -> None:
+        self._iterator.close()
+        del self._iterator, self._known
         gc.collect()  # the workers' queues and shared memory hang in cycles
 
 
@@ -341,6 +428,8 @@ def _begin_worker(worker: int, num_workers: int) -> None:
 
     Some schedulers send SIGTERM to every process of a task.
     """
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):  # not Linux
@@ -349,6 +438,17 @@ def _begin_worker(worker: int, num_workers: int) -> None:
     if parent is not None and not parent.is_alive():  # it ended before it could be noticed
         os._exit(1)
     keep_freed_memory()
+
+
+def show_worker_stacks() -> None:
+    """Has every process that reads data print the stacks of its threads to the standard error."""
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(OSError, AttributeError, StopIteration):  # not Linux, or it ended
+            status = pathlib.Path(f"/proc/{child.pid}/status").read_text().splitlines()
+            caught = next(line for line in status if line.startswith("SigCgt:"))
+            # To one that does not expect the signal, as one that is just starting, it is the end.
+            if child.pid and int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1:
+                os.kill(child.pid, signal.SIGUSR1)
 
 
 def default_num_workers() -> int:

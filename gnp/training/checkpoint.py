@@ -171,6 +171,9 @@ class Checkpoints:
         with self._failures():
             self._writer.wait_until_finished()
         self.check()
+        # Again: right after a failure other writes of the same save may have been under way.
+        with contextlib.suppress(OSError):
+            self._remove_unfinished()
 
     def _read(self, step: int, like: TrainState) -> TrainState:
         path = self._directory / str(step)
@@ -317,9 +320,11 @@ def _of_main(numbers: list[int]) -> list[int]:
 def _silence_late_writes() -> None:
     """Has an error in the save of an array told once, and not by every other array too.
 
-    Orbax ends its event loop at the first error; TensorStore then finds it closed at the end of
-    each write that is still under way, and hands that to `sys.unraisablehook`.
+    Orbax ends its event loop at the first error. Of each write that is still under way TensorStore
+    then finds it closed, which goes to `sys.unraisablehook`, and asyncio logs the errors of those
+    that nobody waits for any more.
     """
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     before = sys.unraisablehook
 
     def hook(told: Any) -> None:

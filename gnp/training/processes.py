@@ -1,7 +1,9 @@
 """What several processes that train one model agree on. With one process all of it is at once."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gnp.errors import UserError
 
 _MESSAGE_BYTES = 4096  # what is told of another process's error, at most
+_DIFFERENCES = 6  # so many are told at most
+_VALUE_CHARS = 80  # of each value
 
 
 def is_main() -> bool:
@@ -83,6 +87,79 @@ def whole(x: jax.Array | np.ndarray) -> np.ndarray:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(jax.device_get(x))
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def all_true(flag: bool) -> bool:
+    """Whether `flag` holds in every process; to be called by every process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
+def refuse_differences(what: Mapping[str, Any]) -> None:
+    """Returns if all processes have the same; to be called by every process.
+
+    Args:
+      what: of this process, such as its configuration and versions. JSON, of any depth and size.
+
+    Raises:
+      UserError: by all processes, with the fields that differ from those of process 0, the
+        processes and the values.
+    """
+    if jax.process_count() == 1:
+        return
+    everyone = [_fields(json.loads(text)) for text in _gather(json.dumps(what).encode())]
+    first, differences = everyone[0], []
+    for field in sorted(set().union(*everyone)):
+        others: dict[str, list[int]] = {}
+        for number, fields in enumerate(everyone):
+            others.setdefault(fields.get(field, "not at all"), []).append(number)
+        expected = first.get(field, "not at all")
+        differences += [
+            f"{_named(numbers)} {field} {_short(value)}, process 0 {_short(expected)}"
+            for value, numbers in others.items()
+            if value != expected
+        ]
+    if not differences:
+        return
+    told = differences[:_DIFFERENCES]
+    if len(differences) > len(told):
+        told.append(f"and {len(differences) - len(told)} more")
+    raise UserError(
+        f"{'; '.join(told)}; start all processes with the same configuration and installation"
+    )
+
+
+def _gather(text: bytes) -> list[bytes]:
+    """The texts of all processes, whose lengths may differ."""
+    sizes = multihost_utils.process_allgather(np.array(len(text), np.int32))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _fields(value: Any, prefix: str = "") -> dict[str, str]:
+    """The leaves of nested dictionaries as JSON, by their dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix.removesuffix("."): json.dumps(value)}
+    fields: dict[str, str] = {}
+    for name, inner in value.items():
+        fields |= _fields(inner, f"{prefix}{name}.")
+    return fields
+
+
+def _named(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"process {numbers[0]} has"
+    shown = [str(number) for number in numbers[:4]]
+    if len(numbers) > len(shown):
+        shown.append(f"{len(numbers) - len(shown)} more")
+    return f"processes {', '.join(shown[:-1])} and {shown[-1]} have"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _VALUE_CHARS else f"{text[: _VALUE_CHARS - 2]} …"
 
 
 def wait_for_all(name: str) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-EX_TEMPFAIL = 75  # sysexits.h: "the user is invited to retry the operation"
+from gnp.errors import EX_TEMPFAIL
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -41,15 +41,9 @@ def stop_requests() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def handle(number: int, frame: Any) -> None:
-        if request.exit_code:
-            restore()
-            signal.raise_signal(number)
-            return
         request.exit_code = 130 if number == signal.SIGINT else EX_TEMPFAIL
         # Not by print, which may be what was interrupted.
         os.write(2, b"\nstopping after the steps under way; again to stop at once\n")
-
-    def restore() -> None:
         for other, handler in before.items():
             signal.signal(other, handler)
 
@@ -58,4 +52,5 @@ def stop_requests() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,12 +1,15 @@
 """Streamed batches: a function of (seed, step), whoever makes them, and every example once."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -16,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gnp.data import streaming
 from gnp.data.records import ArrayRecords, DamagedError, Record
-from gnp.data.streaming import EvalReader, StreamFeed, TrainReader
+from gnp.data.streaming import RESTARTS, EvalReader, StreamFeed, TrainReader
 from gnp.errors import UserError
 
 SHAPE = (6, 6, 3)
@@ -197,22 +201,123 @@ class Slow(ArrayRecords):
         return super().__getitem__(i)
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_a_line():
+def slow_reader(steps=10_000):
     records = make_records(30)
-    reader = train_reader(Slow(records.images, records.labels, ""), 8, 10_000)
-    feed = StreamFeed(reader, sharding=sharding(), num_workers=1, told=set())
-    feed.get()
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
+    return train_reader(Slow(records.images, records.labels, ""), 8, steps)
 
-    def read_on():
-        while True:
-            feed.get()
 
-    with pytest.raises(UserError, match="was killed, perhaps for want of memory"):
-        read_on()
-    feed.close()
+def kill_one(before=()):
+    """Kills a worker that is not among those `before`, as soon as there is one."""
+    until = time.monotonic() + 30
+    while True:
+        for child in multiprocessing.active_children():
+            if child.pid not in before:
+                os.kill(child.pid, signal.SIGKILL)
+                child.join(20)
+                return child.pid
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def feed_of():
+    """Makes feeds that are closed in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(reader, num_workers, first=0):
+            feed = StreamFeed(
+                reader, first=first, sharding=sharding(), num_workers=num_workers, told=set()
+            )
+            stack.callback(feed.close)
+            return feed
+
+        yield make
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_worker_that_is_killed_is_replaced_and_the_numbers_stay(feed_of, caplog, evaluation):
+    reader = slow_reader(30)
+    if evaluation:
+        records = make_records(200)
+        reader = EvalReader(Slow(records.images, records.labels, ""), SHAPE, True, 8, False)
+    feed = feed_of(reader, 2, 2)
+    batches = []
+    for step in range(2, len(reader)):
+        batches.append(jax.device_get(feed.get()))
+        if step == 6:
+            kill_one()
+        if step == 16:  # noticed long ago
+            (warning,) = [record.getMessage() for record in caplog.records]
+            assert warning.startswith("a process that reads the data was killed by signal 9, per")
+            assert "; started again at batch " in warning
+    for step, batch in enumerate(batches, start=2):
+        np.testing.assert_array_equal(batch["image"], reader[step]["image"])
+        np.testing.assert_array_equal(batch["label"], reader[step]["label"])
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_noticed_before_its_turn(feed_of, caplog):
+    """Although all of them have batches ready."""
+    feed = feed_of(slow_reader(), 2)
+    for _ in range(4):  # each of the workers has made some
+        feed.get()
+    time.sleep(2)
+    kill_one()
+    feed.get()  # makes room for one more batch
+    until = time.monotonic() + 20
+    while not caplog.records and time.monotonic() < until:
+        time.sleep(0.1)
+    assert "was killed by signal 9" in caplog.text
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_again_and_again_end_the_run_with_a_line(feed_of, caplog):
+    """Before they have made anything, too, as soon as they are there."""
+    feed = feed_of(slow_reader(), 1)
+    pids = [kill_one()]
+    for _ in range(RESTARTS):
+        pids.append(kill_one(pids))
+    with pytest.raises(UserError, match="killed by signal 9, perhaps for want of memory"):
+        feed.get()
+
+
+@pytest.mark.slow
+def test_a_worker_that_stands_still_is_told_and_waited_for(feed_of, caplog, monkeypatch):
+    reader = slow_reader()
+    feed = feed_of(reader, 1)
+    feed.get()
+    monkeypatch.setattr(streaming, "WAIT_WARNING", 0.5)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    continued = threading.Timer(4, os.kill, [worker.pid, signal.SIGCONT])
+    continued.start()
+    batches = [feed.get() for _ in range(12)]
+    continued.join()
+    told = [record.getMessage() for record in caplog.records]
+    # After 0.5, 1 and 2 seconds of the 4, less those in which there were batches ready.
+    assert 2 <= len(told) <= 4
+    assert re.match(r"waiting for data since 0.5 s \(batch \d+\): ", told[0])
+    assert told[1].startswith("waiting for data since 1 s")
+    assert int(re.search(r"batch (\d+)", told[0])[1]) < 12
+    for step, batch in enumerate(batches, start=1):
+        np.testing.assert_array_equal(batch["image"], reader[step]["image"])
+
+
+class Exiting:
+    """What a mistake in a library may raise."""
+
+    @property
+    def batch_size(self):
+        raise SystemExit("not an Exception")
+
+
+def test_whatever_ends_the_thread_of_a_feed_is_told(feed_of):
+    feed = feed_of(Exiting(), 0)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="not an Exception"):
+            feed.get()
 
 
 class Broken(ArrayRecords):
