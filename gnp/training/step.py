@@ -62,9 +62,9 @@ def make_train_step(
     ema ← d ema + (1 − d) θ, d = min(`ema_decay`, (1 + t) / (10 + t)).
 
     A step whose loss or squared gradient norms are not finite is left out: parameters and optimizer
-    stay as they are, and the next step takes the next batch. After `nonfinite_limit` such steps in a
-    row the state stays at the last of them, whatever batches come: `step` and `data_step` are those
-    of the step that failed.
+    stay as they are, and the next step takes the next batch. After `nonfinite_limit` such steps in
+    a row the state stays at the last of them, whatever batches come: `step` and `data_step` are
+    those of the step that failed.
 
     Args:
       model: a Flax Linen module as `gnp.models.create` makes it, inputs to logits.
