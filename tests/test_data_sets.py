@@ -235,6 +235,7 @@ def test_a_damaged_file_stops_the_run_and_nothing_is_lost(split, tmp_path):
     assert result["params_sha256"] == train(config, tmp_path / "whole")["params_sha256"]
 
 
+@pytest.mark.slow
 def test_what_may_change_when_a_run_is_continued(data, tmp_path):
     """The number of workers and what damage does, but not the data."""
     root = write_folder(tmp_path / "data")

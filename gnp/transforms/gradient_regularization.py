@@ -260,6 +260,9 @@ def _perturbation(
     """
     power, unit_norm = norm.unit()
     positive = unit_norm > 0
+    number = jnp.finfo(unit_norm.dtype)
+    # An element of ε that is rounded up from the largest radius would be inf.
+    radius = jnp.minimum(radius, float(number.max) * (1 - 4 * float(number.eps)))
     scale = jnp.where(positive, radius / jnp.where(positive, unit_norm, 1), 0)
 
     def epsilon(param: jax.Array, x: jax.Array) -> jax.Array:

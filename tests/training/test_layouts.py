@@ -120,11 +120,12 @@ def two_processes(workdir, **fields):
     return [(out.splitlines()[-1], err) for out, err in outcomes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
         {"mesh__data": 4, "mesh__fsdp": 2, "ema__decay": 0.9},
-        pytest.param({"mesh__data": 8, "data__resident": "false"}, marks=pytest.mark.slow),
+        {"mesh__data": 8, "data__resident": "false"},
     ],
     ids=["kept, 4 x 2", "streamed, 8 x 1"],
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gnp import transforms
@@ -83,6 +83,10 @@ def perturbation(grads, radius, *, dtype=jnp.float32, mask=False):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @few()
 @given(grads=trees(), radius=radii)
+@example(
+    grads={"a": np.array([0, 0, 1e-25], np.float32), "b": np.zeros((2, 1), np.float32)},
+    radius=float(np.finfo(np.float32).max),
+)
 def test_the_perturbation_is_the_formula_and_has_its_length(dtype, mask, grads, radius):
     if dtype == jnp.bfloat16:  # whose largest number is smaller
         grads = jax.tree.map(lambda g: g.clip(-3e38, 3e38), grads)
