@@ -327,8 +327,9 @@ def test_the_end_of_one_process_ends_the_other(end, who, code, told):
         assert message(err).endswith(AGAIN)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+    "who", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_a_process_that_falls_silent_is_not_waited_for(who):
     """As one whose host or network is lost; the others wait in no collective operation."""
     port = free_port()
@@ -348,8 +349,9 @@ def test_a_process_that_falls_silent_is_not_waited_for(who):
     assert message(err) == f"error: process {who} of 2 has ended or cannot be reached{AGAIN}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+    "who", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_when_all_are_started_again_after_one_was_killed(tmp_path, who):
     def both(stack):
         port = free_port()

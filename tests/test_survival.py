@@ -115,8 +115,9 @@ def test_killed_at_random_moments(whole, tmp_path, kills):
     assert_same(workdir, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.soak)]
+)
 def test_a_power_cut_after_a_checkpoint(whole, tmp_path, seed):
     """Files that were not yet on the disk are then empty, cut or zero; the metrics' end too."""
     whole, _ = whole
@@ -296,7 +297,7 @@ def test_a_disk_that_is_full_for_a_while(whole, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_disk_that_stays_full(whole, tmp_path):
     whole, _ = whole
     with small_disk(kib=8192) as disk:

@@ -223,6 +223,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save, whether it succeeds or not, and ends Orbax's threads."""
+        if self._keep is None:
+            return
         with contextlib.suppress(OSError):
             self.wait()
         self._writer.close()

@@ -126,7 +126,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "reads", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, -5, -4, -1))]
+    "reads", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (-5, -1))]
 )
 def test_what_is_interrupted_is_saved_whenever_the_signal_comes(tmp_path, monkeypatch, reads):
     """A request that is there from its n-th reading on: between calls, and in an evaluation.

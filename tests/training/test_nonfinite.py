@@ -189,8 +189,14 @@ def test_a_run_that_diverges_says_so(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param("stop", marks=pytest.mark.soak),
+        pytest.param("skip", marks=pytest.mark.soak),
+        pytest.param("rollback", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_agree(tmp_path, policy):
     """Of four devices each; the weights grow until they overflow."""
     fields = {"on_nonfinite": policy, "max_nonfinite": 2, "mesh__data": 8, "lr__base": 1e30}
