@@ -325,11 +325,13 @@ def _mean(tree: Any, num_groups: int | None) -> Any:
     if num_groups is None:
         return tree
 
+    # The sum can overflow where the mean does not. One sum, since it goes over the devices; a power
+    # of two rounds nothing.
+    power = 2.0 ** -num_groups.bit_length()
+
     def mean(x: jax.Array) -> jax.Array:
-        plain = jnp.mean(wide(x), axis=0)
-        # The sum can overflow where the mean does not.
-        halved = jnp.sum(wide(x) / (2 * num_groups), axis=0)
-        return jnp.where(jnp.isfinite(plain), plain, saturated(2 * halved, halved)).astype(x.dtype)
+        part = jnp.sum(wide(x) * power, axis=0)
+        return saturated(part / (num_groups * power), part).astype(x.dtype)
 
     return jax.tree.map(mean, tree)
 
