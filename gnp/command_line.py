@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from etils import epath
 
-from gnp import distributed
+from gnp import peers
 from gnp.errors import UserError, unknown
 
 _STORES = {"gs": "gcsfs", "s3": "s3fs"}  # and the package that etils reads each with
@@ -85,10 +85,10 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(2, str(error))
+        peers.leave(2, str(error))
         code = 2
     except BrokenPipeError:  # as in `… | head`
-        distributed.leave(1, "nobody reads its output any more")
+        peers.leave(1, "nobody reads its output any more")
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 from gnp import config as gnp_config
-from gnp import distributed, environment, models
+from gnp import distributed, environment, models, peers
 from gnp.command_line import Parser, directory, overrides, run
 from gnp.errors import EX_TEMPFAIL, UserError
 
@@ -140,7 +140,7 @@ def _speed(result: dict[str, Any], dtype: str) -> str:
 def _end_on_sigterm(number: int, frame: Any) -> NoReturn:
     """Ends the process at once, before and after training, with the code for "start me again"."""
     os.write(2, b"\nterminated; to go on, start the same command again\n")
-    distributed.leave(EX_TEMPFAIL, "terminated")
+    peers.leave(EX_TEMPFAIL, "terminated")
     os._exit(EX_TEMPFAIL)
 
 

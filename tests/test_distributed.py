@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from gnp import distributed
-from gnp.errors import UserError
+from gnp.errors import EX_TEMPFAIL, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 ADDRESS = "10.0.0.1:1234"
@@ -39,7 +39,7 @@ PROGRAM = """
 import os, signal, time
 from gnp import distributed
 from gnp.command_line import Parser, run
-from gnp.errors import UserError
+from gnp.errors import EX_TEMPFAIL, UserError
 
 def main():
     parser = Parser("x", "")
@@ -322,7 +322,7 @@ def test_the_end_of_one_process_ends_the_other(end, who, code, told):
             end != "mistake" or message(err) == f"error: a mistake that process {who} has found\n"
         )
         _, err = other.communicate(timeout=60)
-        assert other.returncode == distributed.EX_TEMPFAIL == 75, err
+        assert other.returncode == EX_TEMPFAIL == 75, err
         assert message(err).startswith(f"error: process {who} of 2 {told}")
         assert message(err).endswith(AGAIN)
 

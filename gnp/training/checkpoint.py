@@ -17,7 +17,6 @@ from typing import Any
 
 import google_crc32c
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -26,6 +25,7 @@ from jax.experimental import multihost_utils
 from gnp.config import difference
 from gnp.errors import UserError
 from gnp.files import is_remote
+from gnp.training.checksum import described, named
 from gnp.training.processes import all_true, errors_shared, is_main, wait_for_all
 from gnp.training.state import TrainState
 
@@ -183,7 +183,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         with reader:
             state = _attempt(lambda: reader.restore(path, args=args)["state"])
-        for name, (*_, checksum) in _arrays(state).items():
+        for name, (*_, checksum) in described(state).items():
             if checksum != about["arrays"][name][2]:
                 raise _DamagedError(f"the values of {name} are not those that were saved")
         return state
@@ -195,7 +195,7 @@ class Checkpoints:
                 f"this version reads up to {FORMAT}); update gnp"
             )
         there = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in about["arrays"].items()}
-        here = {name: f"{x.dtype}{list(x.shape)}" for name, x in _named(like).items()}
+        here = {name: f"{x.dtype}{list(x.shape)}" for name, x in named(like).items()}
         if there == here:
             return
         lines = difference(about["config"], self._config) if self._config else []
@@ -351,7 +351,7 @@ def _flush(directory: epath.Path) -> None:
 
 
 def _about(step: int, state: TrainState, config: Mapping[str, Any]) -> dict[str, Any]:
-    content = {"format": FORMAT, "step": step, "config": config, "arrays": _arrays(state)}
+    content = {"format": FORMAT, "step": step, "config": config, "arrays": described(state)}
     return {"content": content, "crc32c": _crc32c(content)}
 
 
@@ -369,49 +369,3 @@ def _read_about(path: epath.Path) -> dict[str, Any]:
 
 def _crc32c(content: Any) -> int:
     return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by their paths, as "params/head/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def _arrays(state: TrainState) -> dict[str, tuple[str, list[int], int]]:
-    """The dtype, the shape and the checksum of each array."""
-    named = _named(state)
-    sums = jax.device_get({name: _checksum(x) for name, x in named.items()})
-    return {
-        name: (str(x.dtype), list(x.shape), int(sums[name]) & 0xFFFFFFFF)
-        for name, x in named.items()
-    }
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """Σ_i w_i b_i mod 2³², where b are the values' bits and w_i odd: a flipped bit changes it.
-
-    A sum of whole numbers, the same in any order and on any number of devices.
-    """
-    mesh = getattr(x.sharding, "mesh", None)
-    everywhere = None
-    if mesh is not None and mesh.size > 1:
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return _compiled_checksum(everywhere)(x)
-
-
-@functools.cache
-def _compiled_checksum(sharding: Any) -> Any:
-    def checksum(x: jax.Array) -> jax.Array:
-        if x.dtype == bool:
-            x = x.astype(jnp.uint8)
-        size = x.dtype.itemsize
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(size, 4)}"))
-        bits = bits.astype(jnp.uint32)  # of 64 bits, two on a last axis
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, length in enumerate(bits.shape):
-            place = place * np.uint32(length) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        return jnp.sum(bits * (place * np.uint32(0x9E3779B1) | np.uint32(1)), dtype=jnp.uint32)
-
-    return jax.jit(checksum, out_shardings=sharding)

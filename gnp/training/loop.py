@@ -18,7 +18,7 @@ from gnp.data.loading import device_memory
 from gnp.errors import UserError
 from gnp.files import is_remote, lock, write_atomically
 from gnp.training import nonfinite, provenance, workdir
-from gnp.training.checkpoint import Checkpoints, best_step
+from gnp.training.checkpoint import Checkpoints
 from gnp.training.compilation import Compilations, compiled
 from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment, nonfinite_limit
@@ -27,13 +27,13 @@ from gnp.training.memory_plan import out_of_memory, plan
 from gnp.training.metrics import MetricsWriter, Progress, Row
 from gnp.training.processes import (
     Agreement,
-    all_true,
     errors_shared,
     is_main,
     refuse_differences,
     wait_for_all,
 )
 from gnp.training.profile import Profiler
+from gnp.training.saving import Saving
 from gnp.training.state import Report, TrainState, num_params, params_sha256
 from gnp.training.step import make_train_call, make_train_step
 from gnp.training.stopping import Interrupted, stop_requests
@@ -44,8 +44,6 @@ _log = logging.getLogger(__name__)
 # A call of the compiled program lasts about so long at most: the time between two movements of the
 # progress bar, and half of what Ctrl-C waits for.
 CALL_SECONDS = 2.0
-# How long after a save that failed, as on a full disk, another is tried; and how often at the end.
-RETRY_SECONDS, LAST_TRIES, LAST_RETRY_SECONDS = 60.0, 3, 5.0
 
 
 def train(
@@ -192,13 +190,15 @@ class _Run:
             experiment.steps(duration) for duration in (config.log.every, config.eval.every)
         )
         every = parse_duration(config.checkpoint.every, minutes=True)
-        self._save_seconds = 60 * every.value if every.unit == "min" else None
-        self._save_every = None if self._save_seconds else experiment.steps(config.checkpoint.every)
-        self._saved_at = time.monotonic()
-        self._saved_step: int | None = self._step if self._step else None
-        self._retry_at: float | None = None
-        self._failure: OSError | None = None  # of the last save
-        self._update_best()
+        minutes = every.unit == "min"
+        self._save_every = None if minutes else experiment.steps(config.checkpoint.every)
+        self._saving = Saving(
+            self._checkpoints,
+            self._writer,
+            seconds=60 * every.value if minutes else None,
+            best=config.checkpoint.best,
+        )
+        self._saving.update_best(self._step)
 
         with Compilations() as self._compilations:
             self._compile()
@@ -277,7 +277,7 @@ class _Run:
                 try:
                     with self._feed():
                         self._train()
-                        self._save_the_end()
+                        self._saving.finish(self._step, self._state)
                     return
                 except nonfinite.NonFiniteError as error:
                     self._go_back(error)
@@ -305,7 +305,7 @@ class _Run:
                 waiting = call
                 # Asked once: what is then raised must have been saved.
                 stopping, wanted, self._seconds_per_step = self._agreement.exchange(
-                    self._stop.exit_code, self._save_wanted(), self._seconds_here
+                    self._stop.exit_code, self._saving.wanted(), self._seconds_here
                 )
                 if stopping or wanted or self._is_due(self._eval_every, self._save_every):
                     rows, waiting = self._finish(waiting), None
@@ -378,7 +378,8 @@ class _Run:
         """Evaluates, saves and stops, whatever of it is due; `rows` are those of the last call."""
         if not stopping:
             stopping, more = self._evaluate()
-            save, rows = save or (bool(more) and self._update_best()), rows + more
+            better = bool(more) and self._saving.update_best(self._step)
+            save, rows = save or better, rows + more
         self._progress.show(self._step, rows)
         if stopping or save or (self._step and self._is_due(self._save_every)):
             self._save()
@@ -422,70 +423,9 @@ class _Run:
             rows.append(self._write(split, self._step, self._experiment.mean_metrics(sums)))
         return 0, rows
 
-    def _update_best(self) -> bool:
-        """Has the best checkpoint kept; whether that is the one of this step."""
-        metric = self._config.checkpoint.best
-        if metric is None:
-            return False
-        steps = [*self._checkpoints.steps(), self._step]
-        best = best_step(self._writer.history, metric, steps)
-        self._checkpoints.best_step = best
-        return best == self._step
-
-    def _save_wanted(self) -> bool:
-        """Whether it is time to save again, and news of a save that has failed meanwhile."""
-        try:
-            self._checkpoints.check()
-        except OSError as error:
-            self._save_failed(error)
-        now = time.monotonic()
-        if self._retry_at is not None:
-            return now >= self._retry_at
-        return self._save_seconds is not None and now >= self._saved_at + self._save_seconds
-
     def _save(self) -> None:
-        """Begins to save the state. If it fails, the run goes on, and it is tried again."""
         self._watchdog.alive(f"saving step {self._step}")
-        failure: OSError | None = None
-        try:
-            self._writer.sync()  # no checkpoint without its rows
-        except OSError as error:
-            failure = error
-        if all_true(failure is None):
-            try:
-                self._checkpoints.save(self._step, self._state)
-            except OSError as error:
-                failure = error
-        self._saved_at, self._retry_at = time.monotonic(), None
-        if failure is not None:
-            self._save_failed(failure)
-
-    def _save_failed(self, error: OSError) -> None:
-        self._failure, self._retry_at = error, time.monotonic() + RETRY_SECONDS
-        _log.warning("could not save (%s); it is tried again within %.0f s", error, RETRY_SECONDS)
-
-    def _save_the_end(self) -> None:
-        """Returns when the last state is saved.
-
-        Raises:
-          UserError: if it cannot be.
-        """
-        for tries_left in reversed(range(LAST_TRIES + 1)):
-            try:
-                self._checkpoints.wait()
-            except OSError as error:
-                self._save_failed(error)
-            if self._step in self._checkpoints.steps():
-                return
-            if tries_left:
-                time.sleep(LAST_RETRY_SECONDS)
-                self._save()
-        newest = max(self._checkpoints.steps(), default=0)
-        raise UserError(
-            f"the training has come to its end, step {self._step}, but that cannot be saved "
-            f"({self._failure}); the newest checkpoint is that of step {newest}. Make room in "
-            f"{self._directory} and start the same command again"
-        )
+        self._saving.save(self._step, self._state)
 
     def _go_back(self, error: nonfinite.NonFiniteError) -> None:
         """Goes back to the newest checkpoint, with other batches, or tells why not."""

@@ -15,6 +15,7 @@ from test_loop import make_config, read_rows
 from gnp.errors import UserError
 from gnp.training import checkpoint, train
 from gnp.training.checkpoint import FORMAT, Checkpoints, best_step
+from gnp.training.checksum import checksum
 from gnp.training.evaluation import evaluate_checkpoint, find_step
 from gnp.training.experiment import make_experiment
 from gnp.training.sharding import make_mesh
@@ -219,16 +220,16 @@ def test_the_checksum_against_whole_numbers_of_any_length(dtype):
     size = x.dtype.itemsize
     bits = np.frombuffer(x.tobytes(), f"<u{size}").tolist()
     expected = sum(b * ((i * 0x9E3779B1 % 2**32) | 1) for i, b in enumerate(bits)) % 2**32
-    assert int(checkpoint._checksum(jnp.asarray(x))) == expected
+    assert int(checksum(jnp.asarray(x))) == expected
 
 
 def test_the_checksum_does_not_depend_on_the_layout():
     mesh = make_mesh(4, 2, batch_size=8)
     x = jax.random.normal(jax.random.key(0), (16, 6))
-    expected = int(checkpoint._checksum(x))
+    expected = int(checksum(x))
     for spec in (PartitionSpec(), PartitionSpec("data"), PartitionSpec("data", "fsdp")):
         laid = jax.device_put(x, NamedSharding(mesh, spec))
-        assert int(checkpoint._checksum(laid)) == expected
+        assert int(checksum(laid)) == expected
 
 
 # --- What is kept -------------------------------------------------------------------------------
