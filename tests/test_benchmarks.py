@@ -117,7 +117,7 @@ STREAMED = f"JPEGs streamed / ({default_num_workers()} x Pillow in a loop)"
             "heavy,calls",
             {"small ViT: Python in calls of 16": 1.0},
             id="calls",
-            marks=pytest.mark.slow,  # compiling
+            marks=pytest.mark.soak,  # compiling
         ),
     ],
 )

@@ -43,8 +43,13 @@ def test_every_family_is_here():
 
 @pytest.mark.parametrize(
     "family",
-    # These take the longest to compile.
-    [pytest.param(f, marks=pytest.mark.slow if f != "resnet" else ()) for f in FAMILIES],
+    # By how long they take to compile.
+    [
+        pytest.param(
+            f, marks={"resnet": (), "googlenet": pytest.mark.soak}.get(f, pytest.mark.slow)
+        )
+        for f in FAMILIES
+    ],
 )
 def test_an_epoch(family, data_dir, tmp_path, monkeypatch, capsys):
     config, sizes = FAMILIES[family]

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 FORMAT = 1  # of what is written; all up to it are read
 _MOST_STEPS = 4096  # checkpoints that are looked at
+_MAX_ABOUT = 16_000_000  # bytes of a checkpoint's description
 _SHOWN = 5  # differences told of a checkpoint that does not fit
 
 
@@ -361,10 +362,33 @@ def _read_about(path: epath.Path) -> dict[str, Any]:
             f"{path} was written by a version of gnp without a format number, which this one does "
             "not read; finish the run with that version, or begin it again in another --workdir"
         )
-    about = json.loads((path / "about" / "metadata").read_text())
-    if about["crc32c"] != _crc32c(about["content"]):
+    file = path / "about" / "metadata"
+    if file.stat().length > _MAX_ABOUT:
+        raise ValueError(f"its description has more than {_MAX_ABOUT:,} bytes")
+    about = json.loads(file.read_text())
+    content = about["content"]
+    if about["crc32c"] != _crc32c(content):
         raise ValueError("its description has another checksum than when it was written")
-    return about["content"]
+    if not _is_about(content):
+        raise ValueError("its description is not one that gnp writes")
+    return content
+
+
+def _is_about(content: Any) -> bool:
+    """Whether all is there that is read of it; of a newer version only its number is."""
+    version = content.get("format")
+    if not isinstance(version, int):
+        return False
+    return version > FORMAT or (
+        isinstance(content["config"], dict)
+        and isinstance(content["arrays"], dict)
+        and all(
+            isinstance(x, list)
+            and list(map(type, x)) == [str, list, int]
+            and all(type(size) is int for size in x[1])
+            for x in content["arrays"].values()
+        )
+    )
 
 
 def _crc32c(content: Any) -> int:

@@ -235,8 +235,10 @@ def feed_of():
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("evaluation", [False, True])
+@pytest.mark.parametrize(
+    "evaluation",
+    [pytest.param(False, marks=pytest.mark.soak), pytest.param(True, marks=pytest.mark.slow)],
+)
 def test_a_worker_that_is_killed_is_replaced_and_the_numbers_stay(feed_of, caplog, evaluation):
     reader = slow_reader(30)
     if evaluation:

@@ -158,8 +158,14 @@ def test_narrow_version_in_both_precisions(name):
     assert 0 < np.abs(logits - exact).max() < 0.05 * max(np.abs(exact).max(), 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+# Half a minute and more each; at a small size they are in the tests above.
+LONG = ("googlenet", "densenet121", "swin_t", "swin_s", "swin_b", "vit_b", "resnet50")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.soak if n in LONG else pytest.mark.slow) for n in MODELS],
+)
 def test_gradients_at_the_registered_size(name):
     scan = {"scan": True} if MODELS[name].file in ("vit", "swin", "cait") else {}
     model, inputs = make(name, 32, **scan)

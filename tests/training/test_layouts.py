@@ -120,14 +120,20 @@ def two_processes(workdir, **fields):
     return [(out.splitlines()[-1], err) for out, err in outcomes]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
-        {"mesh__data": 4, "mesh__fsdp": 2, "ema__decay": 0.9},
-        {"mesh__data": 8, "data__resident": "false"},
+        pytest.param(
+            {"mesh__data": 4, "mesh__fsdp": 2, "ema__decay": 0.9},
+            id="kept, 4 x 2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"mesh__data": 8, "data__resident": "false"},
+            id="streamed, 8 x 1",
+            marks=pytest.mark.soak,
+        ),
     ],
-    ids=["kept, 4 x 2", "streamed, 8 x 1"],
 )
 def test_two_processes_train_like_one(one, tmp_path, fields):
     """And what they save is read and evaluated by one."""
