@@ -159,10 +159,13 @@ def test_whatever_a_checkpoint_tells_of_itself_is_a_line(finished, tmp_path, cou
     @given(changed(about))
     def forge(content):
         file.write_text(json.dumps({"content": content, "crc32c": checkpoint._crc32c(content)}))
+        told = state = None
         try:
             state = Checkpoints(tmp_path, config=about["config"]).restore(like, 29)
         except UserError as error:
-            assert str(tmp_path / "checkpoints" / "29") in str(error)
+            told = str(error)
+        if state is None:
+            assert str(tmp_path / "checkpoints" / "29") in told
         else:  # what was changed is not read: another configuration has the same arrays
             assert content["arrays"] == about["arrays"] and int(state.step) == 29
 
