@@ -139,7 +139,11 @@ def default() -> ConfigDict:
                 "keep": 2,  # the newest so many
                 "best": placeholder(str),  # and that of the least metric, as validation/error
             },
-            "log": {"every": "1ep"},
+            "log": {
+                "every": "1ep",
+                "wandb": placeholder(str),  # a project of Weights & Biases
+                "group": placeholder(str),  # and a group of runs in it
+            },
             "eval": {"every": "1ep", "batch_size": 256},
         }
     )
@@ -239,7 +243,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     if isinstance(node, ConfigDict):
         raise UserError(f"{path} is a group; set one of its fields: {', '.join(node)}")
 
-    optional = _flat(default()).get(field, ...) is None
+    optional = flat(default()).get(field, ...) is None
     if optional and text.lower() == "none":
         parent[name] = None
         return
@@ -266,7 +270,7 @@ def from_json(text: str, *, where: str) -> ConfigDict:
     """
     config = default()
     try:
-        for field, value in _flat(json.loads(text)).items():
+        for field, value in flat(json.loads(text)).items():
             if value is not None and field not in _REMOVED:
                 config.update_from_flattened_dict({field: value})
     except (
@@ -334,7 +338,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: for the first value that is impossible, with what would be right.
     """
-    fields, known = _flat(config), _flat(default())
+    fields, known = flat(config), flat(default())
     for field in fields:
         if field not in known:
             raise unknown("field", f"config.{field}", [f"config.{f}" for f in known])
@@ -479,7 +483,7 @@ def validate(config: ConfigDict) -> None:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The fields in which two configurations (as nested dicts) differ, a line each."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     return [
         f"config.{field}: {a.get(field, 'missing')!r} there, {b.get(field, 'missing')!r} here"
         for field in sorted({*a, *b})
@@ -502,12 +506,12 @@ def _parse_field(field: str, text: str) -> Duration:
         raise UserError(f"config.{field}: {error}") from None
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields by dotted path; lists as tuples, since JSON has only lists."""
-    flat: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, (ConfigDict, Mapping)):
-            flat |= _flat(value, f"{prefix}{key}.")
+            fields |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
-    return flat
+            fields[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
+    return fields

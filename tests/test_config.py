@@ -181,7 +181,7 @@ def test_any_text_is_a_duration_or_a_user_error(text):
     assert text.endswith(duration.unit)
 
 
-FIELDS = list(gnp_config._flat(gnp_config.default()))
+FIELDS = list(gnp_config.flat(gnp_config.default()))
 
 
 @given(st.sampled_from([*FIELDS, "gr", "nope", "gr.", ".", ""]), st.text(max_size=20))

@@ -1,26 +1,24 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard events, and the terminal."""
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases, and the terminal."""
 
 import contextlib
-import itertools
 import json
 import logging
 import math
 import os
 import pathlib
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from gnp.errors import UserError
 from gnp.files import is_remote, write_atomically
+from gnp.training.events import Events
+from gnp.training.weights_and_biases import WandbRun
 
 Row = dict[str, Any]
 
@@ -28,11 +26,10 @@ _log = logging.getLogger(__name__)
 
 _WARN_SECONDS = 60.0  # between two warnings that rows cannot be written
 _REMOTE_SECONDS = 30.0  # between two writes of a file that cannot be appended to
-_FLUSH_SECONDS = 10.0  # between two of TensorBoard's
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` and to TensorBoard events.
+    """Appends rows to `metrics.jsonl`, to TensorBoard events and, if asked, to Weights & Biases.
 
     A row is {"step", "epoch", "wall_time" (seconds), "split" ("train", "test", …), values…}.
     Opened at a step, it first drops the rows after it, which a continued run makes again. One that
@@ -45,17 +42,28 @@ class MetricsWriter:
     An object store's files cannot be appended to: there the whole file is written anew, in `sync`
     and otherwise now and then.
 
+    Args:
+      workdir: the run's directory.
+      step: at which the run begins, or goes on.
+      writes: whether this process writes.
+      config: the run's, whose fields the others show beside the numbers; None for none.
+
     Attributes:
       history: the rows kept and written, in order.
       last: the newest row of each split.
     """
 
     def __init__(
-        self, workdir: epath.Path | pathlib.Path, *, step: int, writes: bool = True
+        self,
+        workdir: epath.Path | pathlib.Path,
+        *,
+        step: int,
+        writes: bool = True,
+        config: ConfigDict | None = None,
     ) -> None:
         self._workdir = epath.Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
-        self._writes = writes
+        self._writes, self._config = writes, config
         self._damaged: list[bytes] = []  # not yet kept beside
         self.history: list[Row] = []
         self.last: dict[str, Row] = {}
@@ -74,7 +82,10 @@ class MetricsWriter:
         self._remote_time = self._warning_time = -math.inf
         if writes:
             self._try_to_store()
-            self._events = _Events(self._workdir, purge_step=step + 1)
+            self._events = Events(self._workdir, purge_step=step + 1, config=config)
+            self._wandb = None
+            if config is not None and config.log.wandb is not None:
+                self._wandb = WandbRun(self._workdir, config)
 
     @property
     def wall_time(self) -> float:
@@ -90,6 +101,8 @@ class MetricsWriter:
             if not is_remote(self._path) or self._remote_is_due():
                 self._try_to_store()
             self._events.write(row)
+            if self._wandb is not None:
+                self._wandb.write(row)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk, which a checkpoint must not precede.
@@ -116,7 +129,7 @@ class MetricsWriter:
             self._anew, self._durable = True, False
             self._try_to_store()
             self._events.close()
-            self._events = _Events(self._workdir, purge_step=step + 1)
+            self._events = Events(self._workdir, purge_step=step + 1, config=self._config)
 
     def close(self) -> None:
         """Writes what is buffered, if that can be."""
@@ -129,6 +142,8 @@ class MetricsWriter:
                     *(self._path, error.strerror or error),
                 )
             self._events.close()
+            if self._wandb is not None:
+                self._wandb.close()
 
     def _contents(self) -> bytes | None:
         """What the file holds, None if there is none."""
@@ -224,86 +239,6 @@ class MetricsWriter:
 
     def _remote_is_due(self) -> bool:
         return time.monotonic() - self._remote_time >= _REMOTE_SECONDS
-
-
-class _Events:
-    """TensorBoard events; one that cannot be written ends them, with a warning.
-
-    They are written at once, and not by tensorboardX's `SummaryWriter`: a full disk ends the thread
-    that it writes in, and then a call blocks for ever when its queue is full.
-    """
-
-    _numbers = itertools.count()
-
-    def __init__(self, workdir: epath.Path, *, purge_step: int) -> None:
-        self._workdir = workdir
-        self._writer: EventsWriter | None = None
-        self._copied: tempfile.TemporaryDirectory[str] | None = None  # to where nothing is appended
-        self._flush_time = time.monotonic()
-        with self._ended_by_an_error():
-            if is_remote(workdir):
-                self._copied = tempfile.TemporaryDirectory(prefix="gnp-events-")
-            self._writer = EventsWriter(
-                os.path.join(self._copied.name if self._copied else workdir, "events"),
-                f".{os.getpid()}.{next(self._numbers)}",
-            )
-            # TensorBoard forgets what earlier files say of this step and later ones.
-            start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(
-                Event(step=purge_step, wall_time=time.time(), session_log=start)
-            )
-
-    def write(self, row: Row) -> None:
-        """Writes a row's numbers."""
-        if self._writer is None:
-            return
-        values = [
-            Summary.Value(tag=f"{row['split']}/{name}", simple_value=value)
-            for name, value in row.items()
-            if isinstance(value, float) and name != "wall_time"
-        ]
-        with self._ended_by_an_error():
-            self._writer.write_event(
-                Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values))
-            )
-        every = _REMOTE_SECONDS if self._copied else _FLUSH_SECONDS
-        if time.monotonic() - self._flush_time >= every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Returns when the disk has all events."""
-        if self._writer is None:
-            return
-        self._flush_time = time.monotonic()
-        with self._ended_by_an_error():
-            self._writer.flush()
-            if self._copied:
-                for path in pathlib.Path(self._copied.name).iterdir():
-                    write_atomically(self._workdir / path.name, path.read_bytes())
-
-    def close(self) -> None:
-        """Writes what is buffered."""
-        self.flush()
-        self._end()
-
-    @contextlib.contextmanager
-    def _ended_by_an_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            _log.warning(
-                "cannot write TensorBoard's events to %s (%s); the run goes on without them",
-                *(self._workdir, error.strerror or error),
-            )
-            self._end()
-
-    def _end(self) -> None:
-        writer, self._writer = self._writer, None
-        with contextlib.suppress(OSError):
-            if writer is not None:
-                writer.close()
-            if self._copied is not None:
-                self._copied.cleanup()
 
 
 def _is_read_only(path: epath.Path) -> bool:

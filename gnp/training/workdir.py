@@ -60,6 +60,8 @@ def essential(config: ConfigDict) -> dict[str, Any]:
     fields = config.to_dict()
     for name in ("workers", "on_damaged"):
         del fields["data"][name]
+    for name in ("wandb", "group"):
+        del fields["log"][name]
     # Where and how it runs, and how often it is saved; results agree to rounding.
     for name in ("mesh", "checkpoint", "steps_per_call", "watchdog"):
         del fields[name]

@@ -17,9 +17,12 @@ from fsspec.registry import _registry
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import hparams
 
+from gnp import config as gnp_config
 from gnp.errors import UserError
 from gnp.training import metrics
+from gnp.training.events import hyperparameters
 from gnp.training.metrics import MetricsWriter
 from tests.small_disk import ROOT, small_disk
 
@@ -488,3 +491,22 @@ def test_an_object_is_written_whole_in_sync_and_now_and_then(store, monkeypatch,
         writer.write(row(6, loss=6.0))
     shown = events(workdir)
     assert {step for step, _ in shown} == {1, 2, 3, 4, 5, 6} and shown[6, "train/loss"] == 6.0
+
+
+def test_hyperparameters_are_what_tensorboardx_writes():
+    config = gnp_config.default()
+    config.log.wandb, config.optimizer.nesterov = "a project", True
+    fields = gnp_config.flat(config)
+    fields = {k: str(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    assert {"lr.base", "gr.policy", "log.wandb"} <= set(fields)
+    _, start, _ = hparams(fields, {})
+    assert hyperparameters(config) == start
+
+
+def test_hyperparameters_are_in_the_events(tmp_path):
+    config = gnp_config.default()
+    with contextlib.closing(MetricsWriter(tmp_path, step=0, config=config)) as writer:
+        writer.write(row(1))
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    assert hyperparameters(config).SerializeToString() in path.read_bytes()
+    assert events(tmp_path)[1, "train/loss"] == 0.5
