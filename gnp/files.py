@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import glob
 import json
 import logging
 import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 from etils import epath
@@ -53,6 +54,19 @@ def write_atomically(path: epath.Path | pathlib.Path, content: str | bytes) -> N
             os.unlink(temporary)
         raise
     _sync_directory(os.path.dirname(os.path.abspath(path)))
+
+
+def remove_unfinished(directory: epath.Path | pathlib.Path, names: Iterable[str]) -> None:
+    """Removes what `write_atomically` has left of these files where it was killed.
+
+    For files that only this process writes now.
+    """
+    if is_remote(directory):
+        return
+    for name in names:
+        for path in pathlib.Path(directory).glob(f".{glob.escape(name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _put(path: epath.Path | pathlib.Path, data: bytes) -> None:

@@ -12,7 +12,7 @@ from etils import epath
 
 from gnp import files
 from gnp.errors import UserError
-from gnp.files import lock, write_atomically
+from gnp.files import lock, remove_unfinished, write_atomically
 from tests.small_disk import ROOT, small_disk
 
 # The beginning of a program that uses these, without JAX, which is slow to import.
@@ -79,6 +79,23 @@ while True:
         assert there == there[:6] * 5000
         assert int(there[:6]) > last
         last = int(there[:6])
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    """Of the files named; others may be being written by others."""
+    text = """
+import signal
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_atomically(pathlib.Path(sys.argv[1]), "half")
+"""
+    with program(text, tmp_path / "a.json") as process:
+        assert process.wait(60) == -signal.SIGKILL
+    (left,) = os.listdir(tmp_path)
+    assert left == f".a.json.{process.pid}.tmp"
+    for name in ("a.json", ".b.json.1.tmp"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path, ["a.json"])
+    assert sorted(os.listdir(tmp_path)) == [".b.json.1.tmp", "a.json"]
 
 
 def test_who_holds_a_directory_is_said(tmp_path):

@@ -10,9 +10,15 @@ from ml_collections import ConfigDict
 from gnp.config import difference, from_json
 from gnp.data import Source, TextSource
 from gnp.errors import UserError
-from gnp.files import write_atomically
+from gnp.files import remove_unfinished, write_atomically
 
 _log = logging.getLogger(__name__)
+
+# The files that only the process writes that trains in the directory.
+_OWN = (
+    *("config.json", "data.json", "environment.json", "result.json", "wandb_id"),
+    *("metrics.jsonl", "metrics.jsonl.damaged"),
+)
 
 
 def make(workdir: epath.Path) -> None:
@@ -33,6 +39,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
     Raises:
       UserError: if it has a run of another one, or cannot be written.
     """
+    remove_unfinished(workdir, _OWN)
     path = workdir / "config.json"
     text = json.dumps(config.to_dict(), indent=2)
     try:
