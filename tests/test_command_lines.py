@@ -11,7 +11,7 @@ from tests.data.cifar_like import write_cifar
 from tests.runs import ROOT, TINY, command, run, train
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "export", "report"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "export", "report", "sweep"])
 def test_help(module):
     done = run(module, "--help")
     assert done.returncode == 0
@@ -53,6 +53,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, flags, message):
         ("evaluate", [], "the following arguments are required: --workdir"),
         ("evaluate", ["--workdir=nowhere"], "nowhere is not a work directory"),
         ("report", ["nowhere"], "nowhere"),
+        ("sweep", [], "the following arguments are required: --config, --out"),
+        ("sweep", ["--config=configs/digit.py", "--out=x", "--seeds=2"], "'configs/digits.py'?"),
     ],
 )
 def test_other_mistakes(module, flags, message):
