@@ -149,7 +149,7 @@ TASK = "vit_ti at 32, float32, batch 8"
                 f"{TASK}: SWD / AdamW": 1.01,
             },
             id="loop",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.soak,
         ),
         pytest.param(
             ["--compare=torch"],

@@ -134,11 +134,12 @@ def test_the_representatives_are_of_every_file():
 
 @pytest.mark.parametrize(
     "name",
+    # By how long they take to compile.
     [
-        pytest.param(
-            n, marks=pytest.mark.slow if n in ("googlenet", "swin_t", "cait_xxs12") else ()
-        )
-        for n in NARROW
+        *(n for n in NARROW if n not in ("googlenet", "swin_t", "cait_xxs12")),
+        pytest.param("swin_t", marks=pytest.mark.slow),
+        pytest.param("cait_xxs12", marks=pytest.mark.slow),
+        pytest.param("googlenet", marks=pytest.mark.soak),
     ],
 )
 def test_narrow_version_in_both_precisions(name):
