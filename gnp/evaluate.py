@@ -1,21 +1,57 @@
-"""python -m gnp.evaluate: the test error and the gradient norm of a checkpoint."""
+"""python -m gnp.evaluate: the test error, the gradient norm and the sharpness of checkpoints."""
 
+import argparse
 import json
+import math
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from gnp import config as gnp_config
 from gnp import environment
 from gnp.command_line import Parser, directory, run
 from gnp.errors import UserError
 
+# The flags of --sharpness, named as the fields of `gnp.analysis.measures.Settings`.
+_SETTINGS: dict[str, tuple[type, str]] = {
+    "eigenvalues": (int, "how many of the largest eigenvalues of the Hessian (10)"),
+    "lanczos_steps": (int, "Hessian-vector products for them, and for a density probe (40)"),
+    "density_probes": (int, "random starts of the spectral density (2)"),
+    "trace_probes": (int, "random vectors of the trace (20)"),
+    "radius": (float, "of SAM's sharpness (0.05)"),
+    "ascents": (int, "steps of gradient ascent after SAM's (0)"),
+    "surface": (int, "points on a side of the loss surface; it takes their square of losses (0)"),
+    "extent": (float, "of the surface, in units of the filters' norms (1)"),
+    "max_examples": (int, "only the first so many of the split train (all)"),
+    "seed": (int, "of random vectors and directions (0)"),
+}
+
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
 
 def main() -> int:
     """Parses the flags, evaluates, and prints."""
     parser = Parser("gnp.evaluate", "The error, loss and gradient norm of a run's checkpoint.")
     parser.add_argument("--workdir", required=True, type=directory, help="the run's directory")
-    parser.add_argument("--step", help="which checkpoint, or best; by default the newest")
+    parser.add_argument(
+        "--step", help="which checkpoint, or best; by default the newest (--sharpness: all)"
+    )
     parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--sharpness",
+        action="store_true",
+        help="the Hessian's spectrum and more, at every checkpoint; kept in sharpness.jsonl",
+    )
+    group = parser.add_argument_group("with --sharpness")
+    for name, (kind, text) in _SETTINGS.items():
+        group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
     flags = parser.parse_args()
+    given = {name: getattr(flags, name) for name in _SETTINGS if getattr(flags, name) is not None}
+    if given and not flags.sharpness:
+        raise UserError(f"--{next(iter(given))} goes with --sharpness; add it")
     path = flags.workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{flags.workdir} is not a work directory: it has no config.json")
@@ -23,7 +59,10 @@ def main() -> int:
     config = gnp_config.from_json(path.read_text(), where=str(path))
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
+    return _sharpness(config, flags, given) if flags.sharpness else _evaluate(config, flags)
 
+
+def _evaluate(config: ConfigDict, flags: argparse.Namespace) -> int:
     # Here, since JAX is slow to import.
     from gnp.training.evaluation import evaluate_checkpoint, find_step
     from gnp.training.metrics import headline, text
@@ -49,6 +88,75 @@ def main() -> int:
             f"({of_split['num_examples']:,} {values['unit']}s)"
         )
     return 0
+
+
+def _sharpness(config: ConfigDict, flags: argparse.Namespace, given: dict[str, Any]) -> int:
+    from gnp.analysis.measures import NAME, Settings, without_nan
+
+    settings = Settings(**given)
+    from tqdm import tqdm
+
+    from gnp.analysis.checkpoint_measures import measure_checkpoints
+    from gnp.training.evaluation import find_step
+
+    steps = None
+    if flags.step not in (None, "all"):
+        step = find_step(config, flags.workdir, flags.step)
+        assert step is not None
+        steps = [step]
+    bar = tqdm(disable=not sys.stderr.isatty(), unit="pass", dynamic_ncols=True, leave=False)
+
+    def on_start(step: int, num_passes: int) -> None:
+        bar.reset(num_passes)
+        bar.set_description(f"step {step}")
+        if bar.disable:
+            print(f"measuring step {step}: {num_passes} passes", file=sys.stderr, flush=True)
+
+    rows: list[dict[str, Any]] = []
+    with bar:
+        for row in measure_checkpoints(
+            *(config, flags.workdir, settings),
+            steps=steps,
+            on_start=on_start,
+            on_pass=bar.update,
+        ):
+            if not flags.json:
+                if not rows:
+                    bar.write(
+                        f"{flags.workdir}, {row['num_examples']:,} examples of {row['split']}"
+                    )
+                bar.write("\n".join(_table(row, first=not rows)))
+                sys.stdout.flush()
+            rows.append(row)
+    if flags.json:
+        print(json.dumps(without_nan(rows)))
+    else:
+        print(f"kept in {flags.workdir / NAME}")
+    return 0
+
+
+def _table(row: dict[str, Any], *, first: bool) -> list[str]:
+    """The lines of a table for a row of measures, with its head if it is the first."""
+    values, errors = row["eigenvalues"], row["eigenvalue_errors"]
+    last = _with_error(*values[-1:], *errors[-1:])
+    columns = [
+        ("step", f"{row['step']}", 8),
+        ("epoch", f"{row['epoch']:.4g}", 8),
+        ("loss", f"{row['loss']:.4f}", 8),
+        ("‖∇L‖", f"{row['grad_norm']:.4g}", 10),
+        ("‖θ‖", f"{row['weight_norm']:.4g}", 8),
+        ("λ₁", _with_error(*values[:1], *errors[:1]), 18),
+        (f"λ{str(len(values)).translate(_SUBSCRIPTS)}", last, 18),
+        ("trace", _with_error(row["trace"], row["trace_error"]), 18),
+        (f"SAM {row['radius']:g}", f"{row['sam_sharpness']:.4g}", 12),
+    ]
+    head = "".join(f"{name:>{width}}" for name, _, width in columns)
+    line = "".join(f"{text:>{width}}" for _, text, width in columns)
+    return [head, line] if first else [line]
+
+
+def _with_error(value: float = math.nan, error: float = math.nan) -> str:
+    return f"{value:.4g}" + ("" if math.isnan(error) else f" ± {error:.1g}")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,13 @@ ALLOWED = {
         "command_line",
         "environment",
     },
-    "evaluate": {"config", "environment", "training", "command_line"},
+    "evaluate": {"analysis", "config", "environment", "training", "command_line"},
     "export": {"config", "models", "training", "command_line"},
+    "sweeps": {
+        *("analysis", "config", "data", "training"),
+        *("report", "command_line", "environment"),
+    },
+    "sweep": {"sweeps", "command_line", "environment"},
 }
 
 
@@ -100,7 +105,8 @@ def test_light_parts_load_neither_tfds_nor_orbax(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["gnp.train", "gnp.evaluate", "gnp.export", "gnp.report", "gnp.prepare"]
+    "module",
+    ["gnp.train", "gnp.evaluate", "gnp.export", "gnp.report", "gnp.prepare", "gnp.sweep"],
 )
 def test_the_command_lines_do_not_wait_for_jax(module):
     """So that --help and a typo answer at once."""

@@ -50,7 +50,7 @@ def make_evaluate(
 
     def add(state: TrainState, inputs: Batch, total: _Total, i: jax.Array) -> _Total:
         batch = jax.lax.with_sharding_constraint(batches.batch(inputs, i), over_batch(mesh))
-        logits, carry = _logits(model, state, state.params, batch, total.carry)
+        logits, carry = eval_logits(model, state.model_state, state.params, batch, total.carry)
         values = scores(logits, batch["label"])
         return _Total(
             carry,
@@ -96,7 +96,7 @@ def make_grad_norm(
         batch = jax.lax.with_sharding_constraint(batches.batch(inputs, i), over_batch(mesh))
 
         def batch_loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, carry = _logits(model, state, params, batch, total.carry)
+            logits, carry = eval_logits(model, state.model_state, params, batch, total.carry)
             return jnp.sum(batch["weight"] * cross_entropy(logits, batch["label"])), carry
 
         grads, carry = jax.grad(batch_loss, has_aux=True)(state.params)
@@ -137,7 +137,7 @@ def _make_sum(
     batches, inputs = data.eval_batches[split], data.eval_input(split)
     batch = jax.eval_shape(batches.batch, inputs, jnp.int32(0))
     first = jax.jit(
-        lambda state: _Total(_first_carry(model, state, batch), jnp.zeros(()), zeros(state)),
+        lambda state: _Total(first_carry(model, state, batch), jnp.zeros(()), zeros(state)),
         out_shardings=replicated(mesh),
     )(state)
     program = compiled(jax.jit(add, out_shardings=replicated(mesh)).lower(state, inputs, first, 0))
@@ -158,21 +158,22 @@ def _make_sum(
     return over_split
 
 
-def _logits(
-    model: nn.Module, state: TrainState, params: Any, batch: Batch, carry: Any
+def eval_logits(
+    model: nn.Module, model_state: Any, params: Any, batch: Batch, carry: Any
 ) -> tuple[jax.Array, Any]:
     """The logits of a batch, and what the model carries on to the next ({} if nothing)."""
-    others = {name: value for name, value in state.model_state.items() if name != "carry"}
+    others = {name: value for name, value in model_state.items() if name != "carry"}
     logits, updated = model.apply(
         {"params": params, **others, **carry}, batch["input"], train=False, mutable=["carry"]
     )
     return logits, dict(updated)
 
 
-def _first_carry(model: nn.Module, state: TrainState, batch: Batch) -> Any:
+def first_carry(model: nn.Module, state: TrainState, batch: Batch) -> Any:
     """What a model carries before the first batch: zeros, or {} if it carries nothing."""
     shapes = jax.eval_shape(
-        lambda state, batch: _logits(model, state, state.params, batch, {})[1], state, batch
+        lambda state, batch: eval_logits(model, state.model_state, state.params, batch, {})[1],
+        *(state, batch),
     )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

@@ -1,0 +1,249 @@
+"""Measures the sharpness at a run's checkpoints; see `gnp.analysis.measures` for what they are."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+
+from gnp.analysis import adaptive_lr, measures, sharpness
+from gnp.analysis.loss_surface import direction, loss_surface
+from gnp.analysis.mean_loss import MeanLoss, split_loss
+from gnp.analysis.measures import Settings
+from gnp.data.loading import device_memory
+from gnp.errors import UserError
+from gnp.training.checkpoint import Checkpoints
+from gnp.training.experiment import Experiment, make_experiment, on_one_device
+from gnp.training.state import TrainState, num_params
+from gnp.training.workdir import essential
+
+_log = logging.getLogger(__name__)
+
+_SPLIT = "train"
+_LARGEST_SHARE = 0.8  # of the memory that vectors as long as the parameters may take
+_OTHERS = 8  # such vectors, beside Lanczos': the state's, the gradient, products
+_DIGITS = 7  # of the numbers of densities and surfaces, of which there are many
+
+
+def measure_checkpoints(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    settings: Settings,
+    *,
+    steps: Sequence[int] | None = None,
+    on_start: Callable[[int, int], None] = lambda step, num_passes: None,
+    on_pass: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """Measures checkpoints one after another, and appends each to the run's `sharpness.jsonl`.
+
+    What has been measured with the same settings is read from there. In float32, on one device,
+    over the split "train" as in evaluation: no augmentation, no dropout, running statistics, and
+    the cross-entropy without an L2 penalty. All checkpoints see the same random vectors.
+
+    Args:
+      config: the run's.
+      workdir: the run's directory.
+      settings: what to measure.
+      steps: which checkpoints; by default all.
+      on_start: called with the step and the number of passes over the data before one is measured.
+      on_pass: called after each pass.
+
+    Yields:
+      Rows, in the order of the steps.
+
+    Raises:
+      UserError: if there is no such checkpoint, or it cannot be measured.
+    """
+    config = on_one_device(config)
+    checkpoints = Checkpoints(workdir, config=essential(config))
+    config.dtype = "float32"
+    there, asked = checkpoints.steps(), dataclasses.asdict(settings)
+    wanted = sorted(there if steps is None else steps)
+    done = {row["step"]: row for row in measures.load_all(workdir) if row["settings"] == asked}
+    if not wanted:
+        raise UserError(f"no checkpoint in {workdir}; has the run been started?")
+    for step in wanted:
+        if step not in there and step not in done:
+            raise UserError(f"no checkpoint of step {step} in {workdir}; there are {there[::-1]}")
+    measured: _Measured | None = None
+    for step in wanted:
+        if step not in done:
+            if measured is None:
+                measured = _Measured(config, settings, on_pass)
+            on_start(step, settings.num_passes)
+            row = measured(checkpoints.restore(measured.experiment.abstract_state, step))
+            measures.append(workdir, row)
+            done[step] = row
+        yield done[step]
+
+
+class _Measured:
+    """The measures of states, with programs that are compiled once."""
+
+    def __init__(self, config: ConfigDict, settings: Settings, on_pass: Callable[[], None]):
+        self.experiment = make_experiment(config)
+        _check_memory(self.experiment, settings)
+        self._settings, self._on_pass = settings, on_pass
+        self._data = self.experiment.load_data()
+        self._loss: MeanLoss | None = None
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        """The row of a state."""
+        settings, experiment = self._settings, self.experiment
+        if self._loss is None:
+            self._loss = split_loss(
+                *(experiment.model, self._data, _SPLIT, experiment.mesh, state),
+                max_examples=settings.max_examples,
+                on_pass=self._on_pass,
+            )
+        loss, others = self._loss, state.model_state
+        here, grad = loss.value_and_grad(state.params, others)
+        grad_norm = float(optax.tree.norm(grad))
+        variance, left_out = variance_of_adaptive_rates(
+            state.opt_state, experiment.config.optimizer
+        )
+        if left_out:
+            _log.warning(
+                "step %d: %d of the %d parameters have no adaptive learning rate, since their "
+                "second moment is 0; its variance is that of the others",
+                *(state.step, left_out, num_params(state.params)),
+            )
+        row: dict[str, Any] = {
+            "step": int(state.step),
+            "epoch": int(state.step) / experiment.steps_per_epoch,
+            "split": _SPLIT,
+            "num_examples": round(loss.num_examples),
+            "loss": here,
+            "grad_norm": grad_norm,
+            "weight_norm": float(optax.tree.norm(state.params)),
+            **_not_finite(),
+            "radius": settings.radius,
+            "adaptive_lr_variance": variance,
+            "surface": None,
+            "settings": dataclasses.asdict(settings),
+        }
+        if math.isfinite(here) and math.isfinite(grad_norm):
+            row |= _spectrum(lambda v: loss.hvp(state.params, v, others), state.params, settings)
+            row["sam_sharpness"] = sharpness.sam_sharpness(
+                lambda params: loss.value(params, others),
+                lambda params: loss.value_and_grad(params, others),
+                state.params,
+                settings.radius,
+                num_ascents=settings.ascents,
+                at_params=(here, grad),
+            )
+            row["surface"] = _surface(
+                lambda params: loss.value(params, others), state.params, settings
+            )
+        return row
+
+
+def variance_of_adaptive_rates(
+    opt_state: optax.OptState, config: ConfigDict
+) -> tuple[float | None, int]:
+    r"""The variance over the parameters of :math:`1 / \sqrt{\hat v}`, and how many are left out.
+
+    :math:`\hat v` is what the optimizer divides by the root of, or by another power of: the
+    bias-corrected second moment, of AMSGrad and Padam its running maximum, of RMSProp the moment as
+    it is. See `adaptive_lr.measured_variance`. Parameters whose gradient is 0 but for rounding, as
+    that of the biases of attention's keys, have enormous rates; where there are any, the variance
+    is theirs.
+
+    Args:
+      opt_state: the optimizer's state, however deep in chains.
+      config: a configuration's `optimizer`.
+
+    Returns:
+      The variance, None if the optimizer has no second moment or all are 0; and the number of
+      parameters whose :math:`\hat v` is 0, which it leaves out.
+    """
+    name = "nu_max" if config.name in ("amsgrad", "padam") else "nu"
+    moments = _fields(opt_state, name)
+    if len(moments) != 1:
+        return None, 0
+    (path, nu), counts = moments.popitem(), _fields(opt_state, "count")
+    if config.name == "rmsprop":
+        variance = adaptive_lr.measured_variance(nu, 1, 0.0)  # nothing to correct
+    else:
+        variance = adaptive_lr.measured_variance(nu, counts[path], config.b2)
+    left_out = sum(int(np.sum(np.asarray(x) == 0)) for x in jax.tree.leaves(nu))
+    return (variance if math.isfinite(variance) else None), left_out
+
+
+def _fields(opt_state: optax.OptState, name: str) -> dict[Any, Any]:
+    """The fields of a name in the states within a state, by the path of the state they are in."""
+    trees = optax.tree_utils
+    found = trees.tree_get_all_with_path(  # parameters may have such a name too
+        opt_state, name, lambda path, _: isinstance(path[-1], trees.NamedTupleKey)
+    )
+    return {path[:-1]: value for path, value in found}
+
+
+def _not_finite() -> dict[str, Any]:
+    """What the spectrum and SAM's sharpness are where the loss or its gradient is not finite."""
+    nan = math.nan
+    return {
+        **{"eigenvalues": [], "eigenvalue_errors": [], "trace": nan, "trace_error": nan},
+        **{"density": {"eigenvalue": [], "density": []}, "sam_sharpness": nan},
+    }
+
+
+def _spectrum(matvec: sharpness.Matvec, like: Any, settings: Settings) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(settings.seed), settings.trace_probes)
+    systems, samples = [], []
+    for i, key in enumerate(keys):
+        probe = sharpness.rademacher(key, like)
+        if i < settings.density_probes:
+            systems.append(sharpness.tridiagonalise(matvec, probe, settings.lanczos_steps))
+            samples.append(systems[-1].quadratic_form)
+        else:
+            samples.append(sharpness.quadratic_form(matvec, probe))
+    if not all(np.isfinite([*x.diagonal, *x.off_diagonal]).all() for x in systems):
+        return _not_finite()
+    values, errors = sharpness.top_eigenvalues(systems[0], settings.eigenvalues)
+    trace, trace_error = sharpness.trace(samples)
+    grid, density = sharpness.spectral_density(systems)
+    return {
+        **{"eigenvalues": values.tolist(), "eigenvalue_errors": errors.tolist()},
+        **{"trace": trace, "trace_error": trace_error},
+        "density": {"eigenvalue": _rounded(grid), "density": _rounded(density)},
+    }
+
+
+def _surface(
+    loss: Callable[[Any], float], params: Any, settings: Settings
+) -> dict[str, Any] | None:
+    if not settings.surface:
+        return None
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), 1))
+    places = np.linspace(-settings.extent, settings.extent, settings.surface)
+    values = loss_surface(
+        *(loss, params, (direction(keys[0], params), direction(keys[1], params))),
+        *(places, places),
+    )
+    x = _rounded(places)
+    return {"x": x, "y": x, "loss": [_rounded(row) for row in values]}
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """To a few digits; what nobody could see beside the largest is 0."""
+    values = np.where(np.abs(values) < 1e-12 * np.abs(values).max(), 0, values)
+    return [float(f"{x:.{_DIGITS}g}") for x in values]
+
+
+def _check_memory(experiment: Experiment, settings: Settings) -> None:
+    """Refuses what would not fit, before anything is computed."""
+    size = num_params(experiment.abstract_state.params)
+    needed = 4 * size * (min(settings.lanczos_steps, size) + _OTHERS)
+    memory = device_memory(experiment.mesh)
+    if needed > _LARGEST_SHARE * memory:
+        raise UserError(
+            f"lanczos_steps is {settings.lanczos_steps}: so many vectors of {size:,} parameters "
+            f"are {needed / 1e9:.3g} GB, and there are {memory / 1e9:.3g} GB of memory; lower it"
+        )

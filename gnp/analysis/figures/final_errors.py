@@ -1,0 +1,196 @@
+"""Figures of final errors over hyperparameters and over training losses, of both papers' kinds.
+
+Reference: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them: A
+Gradient-Norm Perspective", NeurIPS 2023 (arXiv:2011.11152).
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.tri import Triangulation
+
+from gnp.analysis.figures import many_runs, settings
+from gnp.analysis.figures.settings import PANEL
+from gnp.analysis.figures.style import VERMILION, label_decades, styled
+from gnp.analysis.runs import Run, number
+from gnp.errors import UserError
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+@styled
+def error_against_decay(runs: Sequence[Run]) -> Figure:
+    """The final test error against the strength of the decay, as in Figures 10 and 16.
+
+    A line is an optimizer, a kind of decay, …; horizontal ones are of runs without decay.
+
+    Raises:
+      UserError: if no data set and model has finished runs of two strengths above 0.
+    """
+    runs = settings.finished(runs, "the error against weight decay")
+    by_panel = {
+        name: inner
+        for name, inner in settings.panels(runs).items()
+        if len({*map(_strength, inner)} - {0.0}) > 1
+    }
+    if not by_panel:
+        raise UserError(
+            "the error against weight decay needs finished runs with two strengths or more "
+            "(weight_decay.value above 0) on one data set and model"
+        )
+    shown = [run for inner in by_panel.values() for run in inner]
+    found, note = settings.best(settings.of(shown, (*PANEL, "weight_decay.value")))
+    look = settings.looks(found)
+    figure, places = many_runs.grid(list(by_panel))
+    entries: many_runs.Entries = {}
+    for axes, inner in zip(places, by_panel.values(), strict=True):
+        for setting in found:
+            members = settings.inside(setting, inner)
+            by_strength = _finals(members, _strength)
+            style = look[setting.label]
+            if without := by_strength.pop(0.0, None):
+                entries[setting.label] = axes.axhline(
+                    float(np.mean(without)), **{**style, "marker": "none", "linewidth": 1.2}
+                )
+            if by_strength:
+                strengths = sorted(by_strength)
+                seeds = [by_strength[strength] for strength in strengths]
+                means = np.array([np.mean(values) for values in seeds])
+                std = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in seeds])
+                entries[setting.label] = axes.errorbar(
+                    np.array(strengths), means, yerr=std, **style
+                )
+        axes.set(xlabel="weight decay λ", ylabel=settings.metric_label(inner))
+        _log_x(axes, [_strength(run) for run in inner])
+    many_runs.legend(figure, many_runs.in_order(entries, found), note)
+    return figure
+
+
+@styled
+def error_over_lr_and_decay(runs: Sequence[Run]) -> Figure:
+    """The final test error over learning rate and weight decay, as in Figure 11.
+
+    A panel is an optimizer, a kind of decay, …; the surface is linear between the points that were
+    measured, each the mean over its seeds, and the star is the least. Crosses came to no end, or
+    diverged.
+
+    Raises:
+      UserError: if no optimizer has finished runs of two learning rates with two strengths each.
+    """
+    ended = settings.finished(runs, "the error over learning rate and weight decay")
+    means: dict[str, dict[tuple[float, float], float]] = {}
+    lost: dict[str, set[tuple[float, float]]] = {}
+    found, note = settings.best(settings.of(runs, ("lr.base", "weight_decay.value")))
+    for setting in found:
+        finals = _finals(settings.inside(setting, ended), _rate_and_strength)
+        points = {point: float(np.mean(v)) for point, v in finals.items() if min(point) > 0}
+        if _spans_a_surface(list(points)):
+            means[setting.label] = points
+            asked = {_rate_and_strength(run) for run in setting.runs}
+            lost[setting.label] = {point for point in asked - {*points} if min(point) > 0}
+    if not means:
+        raise UserError(
+            "the error over learning rate and weight decay needs finished runs on a grid of two of "
+            "each or more (lr.base, weight_decay.value above 0)"
+        )
+    figure, places = many_runs.grid(list(means) if len(means) > 1 else [note])
+    together = np.concatenate([list(points.values()) for points in means.values()])
+    low, high = float(together.min()), float(together.max())
+    high = max(high, low * (1 + 1e-6), low + 1e-9)  # where all are equal
+    colors: dict[str, Any] = {"cmap": "cividis", "vmin": low, "vmax": high}
+    for axes, (label, points) in zip(places, means.items(), strict=True):
+        x, y = np.array(list(points)).T
+        z = np.array(list(points.values()))
+        mesh = Triangulation(x, y, Triangulation(np.log(x), np.log(y)).triangles)
+        bands = axes.tricontourf(mesh, z, levels=np.linspace(low, high, 13), **colors)
+        dots: dict[str, Any] = {
+            "s": 36,
+            "edgecolors": "white",
+            "linewidths": 1,
+            "zorder": 3,
+            "clip_on": False,
+        }
+        axes.scatter(x, y, c=z, **dots, **colors)
+        star: dict[str, Any] = {"color": "white", "markersize": 17, "markeredgecolor": "black"}
+        axes.plot(x[z.argmin()], y[z.argmin()], "*", **star, zorder=4, clip_on=False)
+        for point in lost[label]:
+            axes.plot(*point, "x", color=VERMILION, markersize=8, markeredgewidth=2, clip_on=False)
+        axes.set(xlabel="learning rate", ylabel="weight decay λ", yscale="log")
+        _log_x(axes, x)
+        label_decades(axes, "y", np.log10(y.max() / y.min()))
+        axes.grid(visible=False)
+    bar = figure.colorbar(bands, ax=places, format="{x:.4g}")
+    bar.set_label(settings.metric_label(ended))
+    return figure
+
+
+@styled
+def loss_against_error(runs: Sequence[Run]) -> Figure:
+    """Final training loss against final test error, a point a run, as in Figures 15 and 19.
+
+    Of settings with equal training losses the lower ones generalise better.
+
+    Raises:
+      UserError: if no run came to its end with both finite.
+    """
+    ended = settings.finished(runs, "the training loss against the test error")
+    ended = [run for run in ended if np.isfinite(run.final("train", "loss"))]
+    if not ended:
+        raise UserError("this figure needs finished runs with a finite training loss")
+    found, note = settings.best(settings.of(ended))
+    look = settings.looks(found)
+    by_panel = settings.panels(ended)
+    figure, places = many_runs.grid(list(by_panel))
+    entries: many_runs.Entries = {}
+    for axes, inner in zip(places, by_panel.values(), strict=True):
+        for setting in found:
+            seeds = settings.inside(setting, inner)
+            if seeds:
+                losses = [run.final("train", "loss") for run in seeds]
+                errors = [settings.final(run) for run in seeds]
+                style = {**look[setting.label], "linestyle": "none", "markersize": 7, "alpha": 0.8}
+                (entries[setting.label],) = axes.plot(losses, errors, **style)
+        axes.set(xlabel="training loss", ylabel=settings.metric_label(inner))
+        losses = [run.final("train", "loss") for run in inner]
+        if min(losses) > 0 and max(losses) > 10 * min(losses):
+            _log_x(axes, losses)
+    many_runs.legend(figure, many_runs.in_order(entries, found), note)
+    return figure
+
+
+def _strength(run: Run) -> float:
+    """λ of the weight decay; 0 where there is none."""
+    if run.setting("weight_decay.kind") in (None, "none"):
+        return 0.0
+    return number(run.setting("weight_decay.value"))
+
+
+def _rate_and_strength(run: Run) -> tuple[float, float]:
+    return number(run.setting("lr.base")), _strength(run)
+
+
+def _finals(runs: Iterable[Run], key: Callable[[Run], _Key]) -> dict[_Key, list[float]]:
+    """The final errors by a key of the runs."""
+    values: dict[_Key, list[float]] = {}
+    for run in runs:
+        values.setdefault(key(run), []).append(settings.final(run))
+    return values
+
+
+def _spans_a_surface(points: Sequence[tuple[float, float]]) -> bool:
+    """Whether the points, on logarithmic axes, do not lie in one line."""
+    if len(points) < 3:
+        return False
+    offsets = np.log(points) - np.log(points[0])
+    return bool(np.linalg.matrix_rank(offsets, tol=1e-6) == 2)
+
+
+def _log_x(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic axis for the values above 0, if there are any."""
+    positive = [value for value in values if value > 0]
+    if positive:
+        axes.set_xscale("log")
+        label_decades(axes, "x", np.log10(max(positive) / min(positive)))

@@ -1,0 +1,186 @@
+"""Figures of what `python -m gnp.evaluate --sharpness` has measured along runs.
+
+Everything here reads the runs' `sharpness.jsonl` (see `gnp.analysis.measures`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from gnp.analysis.comparison import Setting
+from gnp.analysis.figures import many_runs, settings
+from gnp.analysis.figures.many_runs import Curve
+from gnp.analysis.figures.style import styled
+from gnp.analysis.runs import Run, number
+from gnp.errors import UserError
+
+_Row = dict[str, Any]  # of sharpness.jsonl
+
+
+@styled
+def hessian_eigenvalues(runs: Sequence[Run]) -> Figure:
+    """The largest eigenvalues of the Hessian by rank, as in Figures 6 and 8 of the SWD paper.
+
+    Of each run those of its last measured checkpoint; seeds as mean ± one sample standard
+    deviation, of as many eigenvalues as all of them have.
+
+    Raises:
+      UserError: if no run has any.
+    """
+    rows = _measured(runs, "eigenvalues")
+
+    def by_rank(setting: Setting) -> Curve:
+        values = [np.array(rows[id(run)][-1]["eigenvalues"]) for run in setting.runs]
+        count = min(map(len, values))
+        ranks = np.arange(1, count + 1)
+        return many_runs.of_values(ranks, np.array([each[:count] for each in values]))
+
+    shown = [run for run in runs if id(run) in rows]
+    figure = many_runs.draw_settings(shown, by_rank, "rank", "eigenvalue of the Hessian")
+    for axes in figure.axes:
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    return figure
+
+
+@styled
+def spectral_density(runs: Sequence[Run]) -> Figure:
+    """The density of the Hessian's eigenvalues on a logarithmic axis, a line a run.
+
+    Of each run that of its last measured checkpoint.
+
+    Raises:
+      UserError: if no run has one.
+    """
+    rows = _measured(runs, "density")
+    shown = [run for run in runs if id(run) in rows]
+    found, note = settings.best(settings.of(shown))
+    look, by_panel = settings.looks(found), settings.panels(shown)
+    figure, places = many_runs.grid(list(by_panel))
+    entries: many_runs.Entries = {}
+    for axes, inner in zip(places, by_panel.values(), strict=True):
+        peak = 0.0
+        for setting in found:
+            for run in settings.inside(setting, inner):
+                density = rows[id(run)][-1]["density"]
+                heights = np.array(density["density"], np.float64)
+                heights = np.where(heights > 0, heights, np.nan)  # 0 has no place
+                if np.isfinite(heights).any():
+                    peak = max(peak, np.nanmax(heights))
+                style = {**look[setting.label], "marker": "none", "linewidth": 1.2}
+                (line,) = axes.plot(density["eigenvalue"], heights, **style)
+                entries[setting.label] = line
+        axes.set(xlabel="eigenvalue of the Hessian", ylabel="density", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        if peak > 0:  # far below, quadrature tells nothing
+            axes.set_ylim(1e-6 * peak, 3 * peak)
+    many_runs.legend(figure, many_runs.in_order(entries, found), note)
+    return figure
+
+
+@styled
+def sam_sharpness(runs: Sequence[Run]) -> Figure:
+    """The sharpness max L(θ + ε) − L(θ), ‖ε‖ ≤ ρ, along training.
+
+    Raises:
+      UserError: if no run has it.
+    """
+    return _along_training(runs, "sam_sharpness", "max L(θ + ε) − L(θ)")
+
+
+@styled
+def adaptive_lr_variance(runs: Sequence[Run]) -> Figure:
+    """The variance of the adaptive learning rate ψ over the parameters along training.
+
+    What Figure 3 of the GR paper tells in theory, measured.
+
+    Raises:
+      UserError: if no run has it.
+    """
+    return _along_training(runs, "adaptive_lr_variance", "variance of ψ = 1/√v̂")
+
+
+@styled
+def loss_surface(runs: Sequence[Run]) -> Figure:
+    """The training loss around the parameters along two random, filter-normalised directions.
+
+    A panel a setting: of its first run that has a surface that of the last checkpoint. The bands
+    are the same in all panels; the cross is the parameters.
+
+    Reference: Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018.
+
+    Raises:
+      UserError: if no run has a surface.
+    """
+    last = {run: rows[-1]["surface"] for run, rows in _measured(runs, "surface").items()}
+    shown = [run for run in runs if id(run) in last and np.isfinite(last[id(run)]["loss"]).any()]
+    if not shown:
+        raise UserError("the loss surfaces of these runs have no finite value")
+    found, note = settings.best(settings.of(shown, across=()))
+    surfaces = [last[id(setting.runs[0])] for setting in found]
+    losses = [np.array(surface["loss"]) for surface in surfaces]
+    finite = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
+    low, high = finite.min(), max(finite.max(), finite.min() + 1e-9)
+    log = bool(low > 0 and high > 10 * low)
+    levels = np.geomspace(low, high, 15) if log else np.linspace(low, high, 15)
+    figure, places = many_runs.grid([s.label if len(found) > 1 else "" for s in found])
+    for axes, surface, loss in zip(places, surfaces, losses, strict=True):
+        bands = axes.contourf(
+            *(surface["x"], surface["y"], np.ma.masked_invalid(loss)),
+            levels=levels,
+            norm="log" if log else "linear",
+            cmap="cividis",
+        )
+        axes.plot(0, 0, "x", color="white", markersize=8, markeredgewidth=2)
+        axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
+        axes.grid(visible=False)
+    bar = figure.colorbar(bands, ax=places, format="{x:.3g}")
+    bar.set_label("training loss")
+    if note:
+        figure.suptitle(note)
+    return figure
+
+
+def _measured(runs: Sequence[Run], key: str) -> dict[int, list[_Row]]:
+    """The rows that have a measure, in the order of their steps, by the run's id.
+
+    Raises:
+      UserError: if no run has one.
+    """
+    from gnp.analysis import measures
+
+    found: dict[int, list[_Row]] = {}
+    for run in runs:
+        if rows := [row for row in measures.load(run.workdir) if _has(row[key])]:
+            found[id(run)] = rows
+    if not found:
+        raise UserError(
+            f"the runs have no measured {key.replace('_', ' ')}; measure with "
+            "python -m gnp.evaluate --workdir=DIR --sharpness"
+            + (" --surface=21" if key == "surface" else "")
+        )
+    return found
+
+
+def _has(value: Any) -> bool:
+    """Whether a measure is there: a finite number, or lists that are not empty."""
+    if isinstance(value, dict):
+        return any(value.values())
+    return bool(value) if isinstance(value, list) else bool(np.isfinite(number(value)))
+
+
+def _along_training(runs: Sequence[Run], key: str, ylabel: str) -> Figure:
+    rows = _measured(runs, key)
+
+    def values(setting: Setting) -> Curve:
+        curves = [{round(row["epoch"], 6): row[key] for row in rows[id(r)]} for r in setting.runs]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        if not epochs:  # the seeds were measured at different checkpoints: the first alone
+            curves, epochs = curves[:1], sorted(curves[0])
+        columns = [[each[epoch] for epoch in epochs] for each in curves]
+        return many_runs.of_values(np.array(epochs), np.array(columns))
+
+    shown = [run for run in runs if id(run) in rows]
+    return many_runs.draw_settings(shown, values, "epoch", ylabel)

@@ -1,0 +1,85 @@
+"""Short and readable labels for settings: "gr zero, lr 0.001, decay scheduled 5e-4"."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# What labels call a field; those with an empty name are told by their value alone.
+_NAMES = {
+    "model.name": "",
+    "data.name": "",
+    "optimizer.name": "",
+    "gr.policy": "gr",
+    "gr.radius": "r",
+    "gr.ratio": "λ/r",
+    "gr.warmup": "gr warmup",
+    "lr.base": "lr",
+    "lr.warmup": "warmup",
+    "lr.schedule": "",
+    "weight_decay.kind": "decay",
+    "weight_decay.value": "decay",
+}
+ORDER = tuple(_NAMES)  # in which labels tell them, others after these
+_WITHOUT = {"lr.warmup": "no warmup", "weight_decay.kind": "no decay"}
+# What labels always tell where it differs.
+_METHOD = ("model.name", "data.name", "optimizer.name", "gr.policy", "weight_decay.kind")
+
+
+def labels(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """A label for each setting, all different.
+
+    Fields that follow from the model, the data set and the method are left out, as in recipes that
+    have an own batch size for each; so are fields that have no effect on a setting.
+    """
+    methods = [repr([values.get(name) for name in _METHOD]) for values in settings]
+
+    def follows(name: str) -> bool:
+        pairs = {(method, repr(x[name])) for method, x in zip(methods, settings, strict=True)}
+        return name not in _METHOD and len(pairs) == len(set(methods))
+
+    names = [name for name in (settings[0] if settings else ()) if not follows(name)]
+    settings = [{name: values[name] for name in names} for values in settings]
+    short = [_label(values, _idle(values)) for values in settings]
+    return [
+        label if short.count(label) == 1 else _label(values, ())
+        for label, values in zip(short, settings, strict=True)
+    ]
+
+
+def _idle(values: dict[str, Any]) -> set[str]:
+    """Fields that have no effect without gradient regularization."""
+    if values.get("gr.policy") != "off":
+        return set()
+    return {name for name in values if name.startswith("gr.") and name != "gr.policy"}
+
+
+def _label(values: dict[str, Any], without: Iterable[str]) -> str:
+    """As "vit_ti, gr zero, lr 0.001, decay scheduled 5e-4"; "all" where nothing differs."""
+    values = {name: value for name, value in values.items() if name not in without}
+    parts = []
+    for name, value in values.items():
+        if name == "weight_decay.value" and "weight_decay.kind" in values:
+            continue  # beside the kind
+        if name in _WITHOUT and str(value) in ("none", "0st", "0ep", "0%"):
+            parts.append(_WITHOUT[name])
+            continue
+        words = [_NAMES.get(name, name.removeprefix("model.").removeprefix("data.")), text(value)]
+        if name == "weight_decay.kind" and "weight_decay.value" in values:
+            words.append(text(values["weight_decay.value"]))
+        parts.append(" ".join(filter(None, words)))
+    return ", ".join(parts) or "all"
+
+
+def text(value: Any) -> str:
+    """A configuration's value as short as the command line takes it: 5e-4, 2,2,6,2, none."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(text, value)) or "none"
+    if isinstance(value, float):
+        if value and abs(value) < 1e-3:
+            mantissa, exponent = f"{value:.5e}".split("e")
+            return f"{float(mantissa):g}e{int(exponent)}"
+        return f"{value:.6g}"
+    return str(value)
