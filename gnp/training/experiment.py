@@ -62,6 +62,19 @@ class Experiment:
         parsed = gnp_config.parse_duration(duration)
         return parsed.steps(self.steps_per_epoch, self.total_steps)
 
+    def with_config(self, config: ConfigDict) -> "Experiment":
+        """The experiment of a configuration that differs in the seed and the optimizer's numbers.
+
+        They may be traced, as `optimizer.build` says.
+        """
+        optimizer = optimizers.build(
+            config,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            params=lambda: self.abstract_state.params,
+        )
+        return dataclasses.replace(self, config=config, optimizer=optimizer)
+
     def flops(self, first: int, last: int) -> float:
         """FLOPs of the model's arithmetic in the steps from `first` to before `last`.
 

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,12 @@ from gnp.data.loading import device_memory
 from gnp.errors import UserError
 from gnp.files import is_remote, lock, write_atomically
 from gnp.training import nonfinite, provenance, workdir
-from gnp.training.checkpoint import Checkpoints
 from gnp.training.compilation import Compilations, compiled
 from gnp.training.evaluation import make_evaluate
 from gnp.training.experiment import Experiment, make_experiment, nonfinite_limit
 from gnp.training.flops import matmul_rate
 from gnp.training.memory_plan import out_of_memory, plan
-from gnp.training.metrics import MetricsWriter, Progress, Row
+from gnp.training.metrics import Progress, Row
 from gnp.training.processes import (
     Agreement,
     errors_shared,
@@ -33,10 +32,9 @@ from gnp.training.processes import (
     wait_for_all,
 )
 from gnp.training.profile import Profiler
-from gnp.training.saving import Saving
 from gnp.training.state import Report, TrainState, num_params, params_sha256
-from gnp.training.step import make_train_call, make_train_step
 from gnp.training.stopping import Interrupted, stop_requests
+from gnp.training.trial import Program, Trial
 from gnp.training.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -105,10 +103,7 @@ def train(
     with contextlib.ExitStack() as stack:
         with errors_shared():
             if is_main():
-                workdir.make(directory)
-                stack.enter_context(lock(directory))
-                workdir.claim(directory, config)
-                workdir.check_data(directory, experiment.source)
+                stack.enter_context(opened(directory, experiment))
         with errors_shared():
             if not (directory / "config.json").exists():
                 raise UserError(
@@ -117,17 +112,38 @@ def train(
                 )
         result = workdir.result(directory)
         if result is None:
-            try:
-                with _Run(experiment, directory, pretrained, command, on_row) as run:
-                    run.train(profile_steps)
-                    result = run.result(measure_device=measure_device)
-            except jax.errors.JaxRuntimeError as error:
-                told = out_of_memory(error, config, num_devices=experiment.mesh.size)
-                if told is None:
-                    raise
-                raise told from error
+            trial = Trial(experiment, directory, command=command, on_row=on_row)
+            with memory_told(experiment), Run(Program(experiment), [trial], pretrained) as run:
+                run.train(profile_steps)
+                (result,) = run.results(measure_device=measure_device)
         wait_for_all("the end of the run")
         return result
+
+
+@contextlib.contextmanager
+def opened(directory: epath.Path, experiment: Experiment) -> Iterator[None]:
+    """Makes the directory the experiment's, as long as it is entered for this process alone.
+
+    Raises:
+      UserError: if it is that of another run or process, or cannot be written.
+    """
+    workdir.make(directory)
+    with lock(directory):
+        workdir.claim(directory, experiment.config)
+        workdir.check_data(directory, experiment.source)
+        yield
+
+
+@contextlib.contextmanager
+def memory_told(experiment: Experiment) -> Iterator[None]:
+    """Where the devices' memory runs out, the error says what would save some."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        told = out_of_memory(error, experiment.config, num_devices=experiment.mesh.size)
+        if told is None:
+            raise
+        raise told from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,62 +169,52 @@ class _Clock:
         self.waited += waited
 
 
-class _Run:
-    """A run in a work directory that is its own, from the newest checkpoint on."""
+class Run:
+    """The training of one run, or of several that one program trains, from a checkpoint on.
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        directory: epath.Path,
-        pretrained: Any,
-        command: str | None,
-        on_row: Callable[[Row], None] | None,
-    ):
+    Each has a work directory of its own. They are at the same step, and what the configurations say
+    of the loop (when to log, to evaluate, to save) is the same for all.
+
+    Args:
+      program: that trains them.
+      trials: the runs.
+      pretrained: the first variables of one that has no checkpoint; None for random ones.
+    """
+
+    def __init__(self, program: Program, trials: Sequence[Trial], pretrained: Any = None):
         self._began = time.monotonic()
-        self._experiment, self._config = experiment, experiment.config
-        self._directory, self._command = directory, command
-        self._on_row = on_row or (lambda row: None)
-        config = self._config
+        self._program, self._trials = program, trials
+        self._experiment = experiment = trials[0].experiment
+        self._config = config = experiment.config
         if is_main():
             print(f"preparing {experiment.source.name}, compiling …", file=sys.stderr, flush=True)
 
-        self._checkpoints = Checkpoints(
-            directory, config=workdir.essential(config), keep=config.checkpoint.keep
-        )
-        self._first_state = lambda: experiment.init(pretrained)
+        checkpoints = [trial.checkpoints for trial in trials]
+        self._restored = lambda: program.state(checkpoints, pretrained)
         self._state = self._restored()
-        self._step = self._first_step = int(self._state.step)
+        states = program.each(self._state)
+        self._step = self._first_step = int(states[0].step)
         self._data = experiment.load_data()
-        self._writer = MetricsWriter(directory, step=self._step, writes=is_main())
-        self._wall_time_before = self._writer.wall_time
-        if is_main():
-            mesh = experiment.mesh
-            for line in provenance.record(directory, step=self._step, command=command, mesh=mesh):
-                _log.warning("the run is continued with %s: it may round otherwise", line)
+        for trial, state in zip(trials, states, strict=True):
+            trial.begin(self._step)
+            trial.skipped = int(state.nonfinite.total)
 
         self._log_every, self._eval_every = (
             experiment.steps(duration) for duration in (config.log.every, config.eval.every)
         )
         every = parse_duration(config.checkpoint.every, minutes=True)
-        minutes = every.unit == "min"
-        self._save_every = None if minutes else experiment.steps(config.checkpoint.every)
-        self._saving = Saving(
-            self._checkpoints,
-            self._writer,
-            seconds=60 * every.value if minutes else None,
-            best=config.checkpoint.best,
+        self._save_every = (
+            None if every.unit == "min" else experiment.steps(config.checkpoint.every)
         )
-        self._saving.update_best(self._step)
-
         with Compilations() as self._compilations:
-            self._compile()
+            self._compile(states[0])
         self._clock, self._since_log = _Clock(), _Clock()
         self._device_free = time.monotonic()
         # Of a step, here and as agreed; not known before the first call, which is of one step. How
         # many steps a call has must be the same in every process.
         self._seconds_here = self._seconds_per_step = CALL_SECONDS
         self._agreement = Agreement(experiment.mesh, (0, 0, self._seconds_per_step))
-        self._skipped, self._rollbacks, self._furthest = int(self._state.nonfinite.total), 0, 0
+        self._rollbacks, self._furthest = 0, 0
         self._progress = Progress(
             total_steps=experiment.total_steps,
             steps_per_epoch=experiment.steps_per_epoch,
@@ -217,36 +223,24 @@ class _Run:
         )
         self._progress.say(self._summary())
 
-    def _restored(self) -> TrainState:
-        if not self._checkpoints.steps():
-            return self._first_state()
-        return self._checkpoints.restore(self._experiment.abstract_state)
+    @property
+    def _active(self) -> list[int]:
+        """The numbers of the trials that have not failed."""
+        return [i for i, trial in enumerate(self._trials) if trial.failure is None]
 
-    def _compile(self) -> None:
+    def _compile(self, state: TrainState) -> None:
         """Compiles all programs ahead, so that the loop's first step is like any other."""
         experiment, config, data = self._experiment, self._config, self._data
-        train_step = make_train_step(
-            experiment.model,
-            experiment.optimizer,
-            seed=config.seed,
-            log_every=self._log_every,
-            mesh=experiment.mesh,
-            accumulate=config.accumulate,
-            num_groups=config.gr.num_groups,
-            ema_decay=config.ema.decay,
-            nonfinite_limit=nonfinite_limit(config),
-        )
         total_steps = experiment.total_steps
         self._max_steps = min(
             config.steps_per_call, total_steps, data.max_steps_per_call or total_steps
         )
-        traced = make_train_call(
-            train_step,
-            data.train_batches,
-            max_steps=self._max_steps,
-            mesh=experiment.mesh,
-            state_sharding=experiment.state_sharding,
-        ).trace(self._state, data.train_input(), self._max_steps)
+        train_call = self._program.train_call(
+            data, log_every=self._log_every, max_steps=self._max_steps
+        )
+        traced = train_call.trace(
+            self._state, data.train_input(), self._max_steps, *self._program.arguments
+        )
         if is_main():
             memory = plan(
                 traced.jaxpr,
@@ -258,14 +252,14 @@ class _Run:
             print(memory, file=sys.stderr, flush=True)
         self._train_call = compiled(traced.lower())
         self._evaluations = {
-            split: make_evaluate(experiment.model, data, split, experiment.mesh, self._state)
+            split: make_evaluate(experiment.model, data, split, experiment.mesh, state)
             for split in data.eval_batches
             if split != "train"
         }
 
-    def train(self, profile_steps: int) -> None:
+    def train(self, profile_steps: int = 0) -> None:
         """Goes on to the last step."""
-        profiler = Profiler(self._directory / "profile", first=1, num_steps=profile_steps)
+        profiler = Profiler(self._trials[0].directory / "profile", first=1, num_steps=profile_steps)
         with (
             contextlib.closing(profiler),
             stop_requests() as self._stop,
@@ -277,7 +271,7 @@ class _Run:
                 try:
                     with self._feed():
                         self._train()
-                        self._saving.finish(self._step, self._state)
+                        self._finish_saving()
                     return
                 except nonfinite.NonFiniteError as error:
                     self._go_back(error)
@@ -285,7 +279,7 @@ class _Run:
     @contextlib.contextmanager
     def _feed(self) -> Iterator[None]:
         """The training batches that the state has not yet seen."""
-        first = int(self._state.data_step)
+        first = int(self._program.each(self._state)[0].data_step)
         last = first + self._experiment.total_steps - self._step
         self._waited = 0.0
         with contextlib.closing(self._data.train_feed(first, last)) as self._batches:
@@ -298,14 +292,14 @@ class _Run:
         waiting: _Call | None = None
         try:
             self._between_calls([])  # what was left to do when the run was interrupted
-            while self._step < total_steps:
+            while self._step < total_steps and self._active:
                 call = self._dispatch(waiting)
                 if waiting is not None:
                     self._progress.show(waiting.step, self._finish(waiting))
                 waiting = call
                 # Asked once: what is then raised must have been saved.
                 stopping, wanted, self._seconds_per_step = self._agreement.exchange(
-                    self._stop.exit_code, self._saving.wanted(), self._seconds_here
+                    self._stop.exit_code, self._save_is_wanted(), self._seconds_here
                 )
                 if stopping or wanted or self._is_due(self._eval_every, self._save_every):
                     rows, waiting = self._finish(waiting), None
@@ -331,7 +325,9 @@ class _Run:
         self._watchdog.alive(f"training to step {until}")
         self._profiler.at(self._step - self._first_step, waiting and waiting.report)
         num_steps, self._step = until - self._step, until
-        self._state, report = self._train_call(self._state, inputs, num_steps)
+        self._state, report = self._train_call(
+            self._state, inputs, num_steps, *self._program.arguments
+        )
         return _Call(until, num_steps, report)
 
     def _finish(self, call: _Call) -> list[Row]:
@@ -347,26 +343,27 @@ class _Run:
         waited, self._waited = self._batches.waited - self._waited, self._batches.waited
         for clock in (self._clock, self._since_log):
             clock.add(seconds, call.num_steps, waited)
-        in_a_row, skipped = (int(x) for x in call.report.nonfinite)
-        if in_a_row >= nonfinite_limit(self._config):
-            raise nonfinite.NonFiniteError
-        if skipped > self._skipped:
-            _log.warning(
-                "up to step %d: %d not finite, left out (%d so far)",
-                *(call.step, skipped - self._skipped, skipped),
-            )
-            self._skipped = skipped
+        reports = self._program.each(call.report)
+        for i in self._active:
+            in_a_row, skipped = (int(x) for x in reports[i].nonfinite)
+            if in_a_row >= nonfinite_limit(self._config):
+                if len(self._trials) == 1:
+                    raise nonfinite.NonFiniteError
+                self._give_up(i)
+            else:
+                self._trials[i].left_out(call.step, skipped)
         rows = []
         if call.step % self._log_every == 0 or call.step == self._experiment.total_steps:
-            values = self._experiment.mean_metrics(call.report.metrics)
-            if self._config.on_nonfinite != "skip":
-                del values["skipped"]
             unit, clock = self._experiment.source.unit, self._since_log
             examples = clock.steps * self._experiment.examples_per_step
-            values[f"{unit}s_per_second"] = examples / clock.seconds
-            if self._data.max_steps_per_call is not None:
-                values["data_wait"] = clock.waited / clock.seconds
-            rows.append(self._write("train", call.step, values))
+            for i in self._active:
+                values = self._experiment.mean_metrics(reports[i].metrics)
+                if self._config.on_nonfinite != "skip":
+                    del values["skipped"]
+                values[f"{unit}s_per_second"] = examples / clock.seconds
+                if self._data.max_steps_per_call is not None:
+                    values["data_wait"] = clock.waited / clock.seconds
+                rows.append(self._trials[i].write("train", call.step, values))
             self._since_log = _Clock()
         return rows
 
@@ -378,28 +375,37 @@ class _Run:
         """Evaluates, saves and stops, whatever of it is due; `rows` are those of the last call."""
         if not stopping:
             stopping, more = self._evaluate()
-            better = bool(more) and self._saving.update_best(self._step)
+            better = bool(more) and self._update_best()
             save, rows = save or better, rows + more
         self._progress.show(self._step, rows)
         if stopping or save or (self._step and self._is_due(self._save_every)):
             self._save()
         if stopping and (self._step < self._experiment.total_steps or self._not_evaluated()):
-            with contextlib.suppress(OSError):
-                self._checkpoints.wait()
+            saved = []
+            for i in self._active:
+                checkpoints = self._trials[i].checkpoints
+                with contextlib.suppress(OSError):
+                    checkpoints.wait()
+                saved.append(max(checkpoints.steps(), default=-1))
+            least = min(saved, default=-1)
             raise Interrupted(
                 self._step,
                 self._experiment.total_steps,
-                saved_step=max(self._checkpoints.steps(), default=None),
+                saved_step=None if least < 0 else least,
                 exit_code=stopping,
             )
         self._device_free = time.monotonic()
 
-    def _not_evaluated(self) -> list[str]:
-        """The splits that should have a row of this step, and have none."""
+    def _not_evaluated(self) -> list[tuple[str, int]]:
+        """The splits and the trials that should have a row of this step, and have none."""
         if not self._step or not self._is_due(self._eval_every):
             return []
-        last = self._writer.last
-        return [x for x in self._evaluations if last.get(x, {}).get("step") != self._step]
+        return [
+            (split, i)
+            for split in self._evaluations
+            for i in self._active
+            if not self._trials[i].has_row(split, self._step)
+        ]
 
     def _evaluate(self) -> tuple[int, list[Row]]:
         """Evaluates where that is due, and writes and gives the rows.
@@ -416,20 +422,39 @@ class _Run:
             exit_code = int(votes[0])
             return bool(exit_code)
 
-        for split in self._not_evaluated():
-            sums = self._evaluations[split](self._state, stopping)
+        wanted = self._not_evaluated()
+        states = self._program.each(self._state) if wanted else []
+        for split, i in wanted:
+            sums = self._evaluations[split](states[i], stopping)
             if sums is None:
                 return exit_code, rows
-            rows.append(self._write(split, self._step, self._experiment.mean_metrics(sums)))
+            values = self._experiment.mean_metrics(sums)
+            rows.append(self._trials[i].write(split, self._step, values))
         return 0, rows
+
+    def _update_best(self) -> bool:
+        """Has the best checkpoints kept; whether this step's is one of them."""
+        better = [self._trials[i].saving.update_best(self._step) for i in self._active]
+        return any(better)
+
+    def _save_is_wanted(self) -> bool:
+        wanted = [self._trials[i].saving.wanted() for i in self._active]
+        return any(wanted)
 
     def _save(self) -> None:
         self._watchdog.alive(f"saving step {self._step}")
-        self._saving.save(self._step, self._state)
+        states = self._program.each(self._state)
+        for i in self._active:
+            self._trials[i].saving.save(self._step, states[i])
+
+    def _finish_saving(self) -> None:
+        states = self._program.each(self._state)
+        for i in self._active:
+            self._trials[i].saving.finish(self._step, states[i])
 
     def _go_back(self, error: nonfinite.NonFiniteError) -> None:
-        """Goes back to the newest checkpoint, with other batches, or tells why not."""
-        config = self._config
+        """Goes back to the one trial's newest checkpoint, with other batches, or tells why not."""
+        (trial,), config = self._trials, self._config
         # The state has stayed where it was before the step that failed.
         state, failed = self._state, int(self._state.step) + 1
         batch = int(state.data_step)
@@ -438,13 +463,13 @@ class _Run:
         if config.on_nonfinite == "rollback" and self._rollbacks < config.max_nonfinite:
             self._rollbacks += 1
             with contextlib.suppress(OSError):
-                self._checkpoints.wait()
+                trial.checkpoints.wait()
             # As PaLM's training did: other batches follow, beginning after the one that failed.
             state = self._restored()
             self._state = nonfinite.with_batches_from(state, batch + 1)
             self._step = int(state.step)
-            self._writer.rewind(self._step)
-            self._skipped = int(state.nonfinite.total)
+            trial.writer.rewind(self._step)
+            trial.skipped = int(state.nonfinite.total)
             self._since_log = _Clock()
             _log.warning(
                 "step %d: the loss or a gradient is not finite; back to step %d, and on with the "
@@ -452,55 +477,49 @@ class _Run:
                 *(failed, self._step, batch),
             )
             return
-        self._step, self._state = failed - 1, nonfinite.ready_to_go_on(state)
-        path = nonfinite.save(self._directory, self._data, state)
-        self._save()
-        with contextlib.suppress(OSError):
-            self._checkpoints.wait()
+        raise self._give_up(0) from error
+
+    def _give_up(self, i: int) -> UserError:
+        """Ends a trial at the step that is not finite; it gets no more rows and checkpoints."""
+        trial, config = self._trials[i], self._config
         tried = ""
         if config.on_nonfinite == "skip":
             tried = f" ({config.max_nonfinite} steps in a row)"
         elif self._rollbacks:
             tried = f" (after {self._rollbacks} rollbacks)"
-        raise UserError(
-            f"step {failed}: the loss or a gradient is not finite{tried}; the state before it is "
-            f"the checkpoint of step {self._step}, its batch is {path} "
-            "(gnp.training.nonfinite.load reads both). A lower config.lr.base or config.clip_norm "
-            "may help, or continue with --config.on_nonfinite=skip or rollback"
-        ) from error
+        # The state has stayed where it was before the step that failed.
+        state = self._program.each(self._state)[i]
+        self._watchdog.alive(f"saving step {int(state.step)}")
+        trial.failure = trial.failed(self._program.data(self._data, i), state, tried=tried)
+        return trial.failure
 
-    def _write(self, split: str, step: int, values: dict[str, float | None]) -> Row:
-        row = {
-            "step": step,
-            "epoch": step / self._experiment.steps_per_epoch,
-            "wall_time": self._wall_time,
-            "split": split,
-            **values,
-        }
-        self._writer.write(row)
-        if is_main():
-            self._on_row(row)
-        return row
+    def results(self, *, measure_device: bool = False) -> list[dict[str, Any]]:
+        """What the finished runs have come to, also written to `result.json`.
 
-    @property
-    def _wall_time(self) -> float:
-        return self._wall_time_before + time.monotonic() - self._began
+        Of one that has failed it is {"failed": why}, and nothing is written.
+        """
+        states = self._program.each(self._state)
+        return [
+            self._result(trial, state, measure_device=measure_device)
+            if trial.failure is None
+            else {"failed": str(trial.failure)}
+            for trial, state in zip(self._trials, states, strict=True)
+        ]
 
-    def result(self, *, measure_device: bool) -> dict[str, Any]:
-        """What the finished run has come to; also written to `result.json`."""
-        experiment, clock = self._experiment, self._clock
-        unit, params = experiment.source.unit, self._state.params
+    def _result(self, trial: Trial, state: TrainState, *, measure_device: bool) -> dict[str, Any]:
+        experiment, clock = trial.experiment, self._clock
+        unit, params = experiment.source.unit, state.params
         found: dict[str, Any] = {
             "steps": experiment.total_steps,
-            "skipped": self._skipped,
+            "skipped": trial.skipped,
             "epochs": experiment.total_steps / experiment.steps_per_epoch,
-            "wall_time": self._wall_time,
+            "wall_time": trial.wall_time,
             "unit": unit,
-            **self._writer.last,
+            **trial.writer.last,
             "num_params": num_params(params),
             "params_sha256": params_sha256(params),
             "devices": _devices(experiment),
-            "command": self._command,
+            "command": trial.command,
             "compilations": self._compilations.of("train_call"),
             "speed": None,
         }
@@ -518,7 +537,7 @@ class _Run:
                 rate = count * matmul_rate(self._config.dtype, seconds=0.1)
                 found["speed"]["device_flops_per_second"] = rate
         if is_main():
-            path = self._directory / "result.json"
+            path = trial.directory / "result.json"
             try:
                 write_atomically(path, json.dumps(found, indent=2) + "\n")
             except OSError as error:
@@ -532,21 +551,24 @@ class _Run:
         experiment, source = self._experiment, self._experiment.source
         counts = ", ".join(f"{count:,} {split}" for split, count in source.num_examples.items())
         begin = f"continues at step {self._step}" if self._step else "begins at step 0"
+        count = len(self._trials)
+        trials = f"{count} × " if count > 1 else ""
+        params = num_params(experiment.abstract_state.params)
         return (
-            f"{experiment.config.model.name} ({num_params(self._state.params):,} parameters) on "
+            f"{trials}{experiment.config.model.name} ({params:,} parameters) on "
             f"{source.name} ({counts} {source.unit}s), {self._data.about}, {_devices(experiment)}; "
             f"ready in {time.monotonic() - self._began:.1f} s; {begin} of {experiment.total_steps}"
         )
 
-    def __enter__(self) -> "_Run":
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._progress.close()
-        self._writer.close()
         # A second Ctrl-C does not wait for a save that is under way.
-        if kind is None or issubclass(kind, Exception | Interrupted):
-            self._checkpoints.close()
+        whole = kind is None or issubclass(kind, Exception | Interrupted)
+        for trial in self._trials:
+            trial.close(whole=whole)
 
 
 def _devices(experiment: Experiment) -> str:

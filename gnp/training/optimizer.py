@@ -33,7 +33,7 @@ class Optimizer:
 
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
-    l2: float
+    l2: float | jax.Array
     frozen: Any = None
     excluded: Any = None
 
@@ -47,7 +47,7 @@ class Optimizer:
 
     def l2_penalty(self, params: Any) -> jax.Array | float:
         """(λ/2)‖θ‖² over the parameters that are neither frozen nor excluded from decay."""
-        if not self.l2:
+        if not isinstance(self.l2, jax.Array) and not self.l2:
             return 0.0
         left_out = [tree for tree in (self.frozen, self.excluded) if tree is not None]
         decaying = jax.tree.map(lambda x, *out: None if any(out) else x, params, *left_out)
@@ -79,7 +79,7 @@ def build(
     """Makes the optimizer of a validated configuration.
 
     Args:
-      config: the configuration.
+      config: the configuration; its numbers may be traced, but for b1, b2 and decay.
       steps_per_epoch: not a whole number in general.
       total_steps: of the run.
       params: gives the parameters' shapes; called where the configuration chooses among them.

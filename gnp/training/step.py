@@ -40,8 +40,9 @@ def make_train_step(
     mesh: Mesh | None = None,
     accumulate: int = 1,
     num_groups: int | None = None,
-    ema_decay: float | None = None,
+    ema_decay: jax.typing.ArrayLike | None = None,
     nonfinite_limit: int | None = 1,
+    generator: Any = "rbg",
 ) -> Callable[[TrainState, Batch], TrainState]:
     """The train step: one update, for every model and method.
 
@@ -76,6 +77,7 @@ def make_train_step(
       num_groups: m, the `num_groups` of the optimizer's gradient regularization.
       ema_decay: None for no average.
       nonfinite_limit: 1 or more; None for steps that are not checked.
+      generator: of the masks' random bits, as `jax.random.key` names it.
     """
 
     def gradient(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[Any, _Pass]:
@@ -96,8 +98,9 @@ def make_train_step(
         return jax.grad(loss_fn, has_aux=True)(params)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        # Masks want many random bits and no more: the generator that is cheapest to draw from.
-        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.data_step)
+        # Masks want many random bits and no more: "rbg" is the generator that is cheapest to draw
+        # from.
+        key = jax.random.fold_in(jax.random.key(seed, impl=generator), state.data_step)
         whole_batch = _Parts(accumulate, num_groups, mesh)
         grad = functools.partial(whole_batch.mean, gradient, state.model_state, batch, key)
         grads, (metrics, model_state) = grad(state.params, stacked=False)
@@ -313,6 +316,20 @@ def make_train_call(
     returns a `Report` in buffers of its own, which stay readable after the state has gone into the
     next call.
     """
+    train_call = make_uncompiled_call(train_step, batches, max_steps=max_steps, mesh=mesh)
+    everywhere = replicated(mesh)
+    shardings = everywhere if state_sharding is None else state_sharding
+    return jax.jit(train_call, donate_argnums=0, out_shardings=(shardings, everywhere))
+
+
+def make_uncompiled_call(
+    train_step: Callable[[TrainState, Batch], TrainState],
+    batches: Any,
+    *,
+    max_steps: int,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Report]]:
+    """The function that `make_train_call` compiles."""
 
     def train_call(
         state: TrainState, data: Batch, num_steps: jax.Array
@@ -330,9 +347,7 @@ def make_train_call(
             state = jax.lax.fori_loop(0, num_steps, body, state)
         return state, Report(state.metrics, state.nonfinite)
 
-    everywhere = replicated(mesh)
-    shardings = everywhere if state_sharding is None else state_sharding
-    return jax.jit(train_call, donate_argnums=0, out_shardings=(shardings, everywhere))
+    return train_call
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnp.transforms.branches import if_any
 from gnp.transforms.norms import (
     ScaledNorm,
     largest,
@@ -65,7 +66,8 @@ def gradient_regularization(
     number becomes an inf or a NaN, also where the squares of g overflow or vanish; gradients below
     the smallest normal number, 1.2e-38, count as 0.
 
-    Cost: two gradients a step, and one where :math:`\alpha_t = 0` (the second is not computed).
+    Cost: two gradients a step, and one where :math:`\alpha_t = 0` (the second is not computed;
+    under `jax.vmap`, where it is 0 for all of the batch).
 
     Put it first in a chain: it wants the raw gradient. `grad_fn` must be the gradient of the loss
     that gave `updates`: same batch, same dropout mask, no running statistics written. It wants all
@@ -221,7 +223,7 @@ def gradient_regularization(
         if fixed_ratio is not None:
             mixed, second_norm = (regularized if fixed_ratio else plain)(updates)
         else:
-            mixed, second_norm = jax.lax.cond(ratio_t != 0, regularized, plain, updates)
+            mixed, second_norm = if_any(ratio_t != 0, regularized, plain, updates)
         report = (radius_t, ratio_t, norm, second_norm)
         return mixed, GradientRegularizationState(
             t, *(saturated(wide(x), wide(x), jnp.float32) for x in report)

@@ -2,8 +2,8 @@
 
 In float32 the square of 2e19 is inf, and that of 1e-23 is 0. The plain sum is taken first; only
 where it is out of range, it is taken anew of the tree times a power of two, under `lax.cond`:
-ordinary inputs cost what they would without, and give the same bits. (Under `jax.vmap` a `cond`
-computes both branches and chooses.) A tree with an inf or a NaN in it has no finite norm or mean.
+ordinary inputs cost what they would without, and give the same bits. A tree with an inf or a NaN in
+it has no finite norm or mean.
 
 XLA takes numbers below the smallest normal one, 1.2e-38 in float32, for 0 on CPUs, and so does
 what is here.
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from gnp.transforms.branches import if_any
 
 
 class ScaledNorm(NamedTuple):
@@ -59,10 +61,10 @@ def scaled_norm(tree: Any, *, stacked: bool = False) -> ScaledNorm:
     ordinary = (total > lowest) & (total < jnp.inf)
     scale = jnp.where(ordinary, 1, jnp.where(total > 1, _down(number), 1 / _down(number)))
     scale = scale.astype(total.dtype)
-    scaled = jax.lax.cond(
-        jnp.all(ordinary),
-        lambda tree: jnp.sqrt(jnp.where(ordinary, total, 1)),
+    scaled = if_any(
+        ~jnp.all(ordinary),
         lambda tree: jnp.sqrt(sum_of_squares(rescaled(tree, scale))),
+        lambda tree: jnp.sqrt(jnp.where(ordinary, total, 1)),
         tree,
     )
     return ScaledNorm(scaled, scale)

@@ -14,8 +14,8 @@ POLICIES = ("off", "none", "r", "lambda", "zero")
 
 
 def warmup(
-    policy: str, *, radius: float, ratio: float, warmup_steps: int
-) -> tuple[float | optax.Schedule, float | optax.Schedule]:
+    policy: str, *, radius: float | jax.Array, ratio: float | jax.Array, warmup_steps: int
+) -> tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule]:
     r"""The radius :math:`r_t` and the ratio :math:`\alpha_t = \lambda_t / r_t` under a policy.
 
     With :math:`w(t) = \min(t / T_w, 1)`, and t = 1 for the first update:
@@ -61,7 +61,7 @@ def warmup(
         hint = f"did you mean {close[0]!r}?" if close else f"valid are: {', '.join(POLICIES)}"
         raise ValueError(f"unknown warmup policy {policy!r}; {hint}")
     for name, value in (("radius", radius), ("ratio", ratio), ("warmup_steps", warmup_steps)):
-        if value < 0:
+        if not isinstance(value, jax.core.Tracer) and value < 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
 
     def weight(t: jax.Array) -> jax.Array:  # w(t), Eq. 6

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnp.transforms.branches import if_any
 from gnp.transforms.norms import mean_of_large, saturated
 
 
@@ -151,7 +152,7 @@ def _decay_factor(mean_nu: jax.Array, t: jax.Array, b2: float | jax.Array) -> ja
 
 def _unless_finite(x: jax.Array, otherwise: Callable[[Any], jax.Array], tree: Any) -> jax.Array:
     """`x`, or `otherwise(tree)` where it is inf or NaN."""
-    return jax.lax.cond(jnp.isfinite(x), lambda _: x, otherwise, tree)
+    return if_any(~jnp.isfinite(x), otherwise, lambda _: x, tree)
 
 
 def _wide_dtype(tree: Any) -> Any:
