@@ -12,7 +12,7 @@ def blocks(language):
 
 
 def test_the_program_with_a_plain_flax_model_runs_and_learns(capsys):
-    program, _ = blocks("python")
+    program, *_ = blocks("python")
     assert set(re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE)) == {
         *("flax", "jax", "optax", "gnp")
     }
