@@ -21,6 +21,7 @@ from tensorboardX.summary import hparams
 
 from gnp import config as gnp_config
 from gnp.errors import UserError
+from gnp.training import events as events_module
 from gnp.training import metrics
 from gnp.training.events import hyperparameters
 from gnp.training.metrics import MetricsWriter
@@ -251,7 +252,8 @@ def test_a_file_that_is_taken_away_or_cut_is_written_again(tmp_path):
 def test_rows_that_cannot_be_written_are_kept_and_said_once_a_minute(tmp_path, monkeypatch, caplog):
     now = types.SimpleNamespace(seconds=0.0)
     clock = types.SimpleNamespace(monotonic=lambda: now.seconds, time=lambda: 0.0)
-    monkeypatch.setattr(metrics, "time", clock)
+    for module in (metrics, events_module):
+        monkeypatch.setattr(module, "time", clock)
     workdir = tmp_path / "run"
     workdir.mkdir()
     writer = MetricsWriter(workdir, step=0)
@@ -457,7 +459,8 @@ def store(monkeypatch):
 def test_an_object_is_written_whole_in_sync_and_now_and_then(store, monkeypatch, caplog):
     now = types.SimpleNamespace(seconds=0.0)
     clock = types.SimpleNamespace(monotonic=lambda: now.seconds, time=lambda: 0.0)
-    monkeypatch.setattr(metrics, "time", clock)
+    for module in (metrics, events_module):
+        monkeypatch.setattr(module, "time", clock)
     workdir = epath.Path("gs://bucket/run")
     writer = MetricsWriter(workdir, step=0)
 
