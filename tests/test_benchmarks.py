@@ -111,7 +111,7 @@ STREAMED = f"JPEGs streamed / ({default_num_workers()} x Pillow in a loop)"
                 "small ViT: the pipeline's share of a step": 3.0,
             },
             id="data",
-            marks=pytest.mark.slow,  # images are written, workers started
+            marks=pytest.mark.soak,  # images are written, workers started
         ),
         pytest.param(
             "heavy,calls",
@@ -263,6 +263,7 @@ def test_a_batch_is_halved_until_it_fits(scripts, monkeypatch, capsys):
     assert "flops: skipped, out of memory (9 GiB wanted)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     heads = "model.num_heads 2 does not divide model.width 7"
     for name, flags, message in (

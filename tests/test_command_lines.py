@@ -63,6 +63,7 @@ def test_other_mistakes(module, flags, message):
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_train_on_cifar_evaluate_and_report(tmp_path):
     """From an ArrayRecord data set on disk to the report, and again."""
     write_cifar(tmp_path / "data", 120, 41)
@@ -102,6 +103,7 @@ def test_a_finished_run_answers_at_once(tmp_path):
     assert "config.seed: 0 there, 1 here" in refused.stderr
 
 
+@pytest.mark.slow
 def test_progress_is_a_bar_on_a_terminal(tmp_path):
     termios, fcntl = pytest.importorskip("termios"), pytest.importorskip("fcntl")
     primary, secondary = os.openpty()

@@ -104,7 +104,7 @@ CASES = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if case == "imagenet, streamed" else pytest.mark.slow)
+        pytest.param(case, marks=() if case == "npz" else pytest.mark.slow)
         for case in CASES
     ],
 )

@@ -30,10 +30,12 @@ def checksum(x: jax.Array) -> jax.Array:
     A sum of whole numbers, the same in any order and on any number of devices.
     """
     mesh = getattr(x.sharding, "mesh", None)
-    everywhere = None
-    if mesh is not None and mesh.size > 1:
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return _compiled(everywhere)(x)
+    if mesh is None or mesh.size == 1:
+        return _compiled(None)(x)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    # One at a time: on CPUs, whose devices share a pool of threads, reductions that do not wait for
+    # one another may wait for each other's threads for ever.
+    return jax.block_until_ready(_compiled(everywhere)(x))
 
 
 @functools.cache

@@ -49,6 +49,7 @@ def clean(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_stop_keeps_the_state_of_before_and_the_batch(clean, tmp_path, monkeypatch):
     poison(monkeypatch, lambda step: step == 12)
     workdir = tmp_path / "runs" / "b"  # as in the README
