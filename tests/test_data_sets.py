@@ -103,10 +103,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=() if case == "npz" else pytest.mark.slow)
-        for case in CASES
-    ],
+    [pytest.param(case, marks=() if case == "npz" else pytest.mark.slow) for case in CASES],
 )
 def test_trains(case, data, tmp_path, monkeypatch, capsys):
     config, *fields = (text.replace("DATA", str(data)) for text in CASES[case])
