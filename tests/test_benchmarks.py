@@ -138,7 +138,7 @@ TASK = "vit_ti at 32, float32, batch 8"
 @pytest.mark.parametrize(
     ("flags", "targets"),
     [
-        pytest.param(["--parts=flops"], {}, id="flops", marks=pytest.mark.slow),
+        pytest.param(["--parts=flops"], {}, id="flops", marks=pytest.mark.soak),
         pytest.param(
             ["--parts=loop,saving,methods"],
             {

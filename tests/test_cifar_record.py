@@ -110,7 +110,7 @@ def test_the_results(script, experiment, recorded):
     assert cost["r"] == pytest.approx(3 * 2 * 15 * 16 * patches, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_is_that_of_gnp_train(script, flags, program, recorded, tmp_path):
     """Two policies and two seeds; states of one by one and side by side."""
     config = script.parse(flags)[1]

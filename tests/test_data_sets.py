@@ -203,8 +203,10 @@ def test_a_streamed_run_that_was_stopped_ends_as_one_that_was_not(data, tmp_path
     assert values["train"]["num_examples"] == 24
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    "split",
+    [pytest.param("train", marks=pytest.mark.slow), pytest.param("val", marks=pytest.mark.soak)],
+)
 def test_a_damaged_file_stops_the_run_and_nothing_is_lost(split, tmp_path):
     """It is named, what was learned is saved, and the run goes on when the file is mended.
 

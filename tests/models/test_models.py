@@ -161,6 +161,7 @@ def test_narrow_version_in_both_precisions(name):
 
 # Half a minute and more each; at a small size they are in the tests above.
 LONG = ("googlenet", "densenet121", "swin_t", "swin_s", "swin_b", "vit_b", "resnet50")
+LONG += ("cait_xxs24", "cait_xs12", "cait_s12")
 
 
 @pytest.mark.parametrize(
