@@ -208,7 +208,12 @@ def has_finished(run: Run) -> bool:
 
 
 def has_diverged(run: Run) -> bool:
-    """Whether its last training loss, or its final test metric, is not a finite number."""
+    """Whether its last training loss, or its final test metric, is not a finite number.
+
+    Or it has ended at such a step, of which it then keeps the batch (`config.on_nonfinite`).
+    """
+    if not has_finished(run) and any(run.workdir.glob("nonfinite-*.npz")):
+        return True
     if run.metrics.get("train") and not math.isfinite(run.final("train", "loss")):
         return True
     return has_finished(run) and not math.isfinite(run.final("test", metric(run)))

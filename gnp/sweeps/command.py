@@ -51,6 +51,8 @@ def sweep(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     is_array = flags.launcher == "slurm"
     options = slurm.parse(flags.sbatch or "")
     places = [] if is_array else slots.make(flags.jobs or 1, flags.devices)
+    if flags.vmap:
+        places = slots.with_one_device(places)
     directory.make(out)
     with lock(out):
         directory.claim(out, here)

@@ -94,6 +94,7 @@ class Pool:
                     start_new_session=True,
                 )
         except OSError as error:
+            self._free.insert(0, slot)
             what = error.filename or job.command[0]
             raise UserError(f"cannot start {job.name}: {what}: {error.strerror}") from None
         if slot.cores is not None:

@@ -3,6 +3,7 @@
 import pathlib
 import time
 
+from gnp.errors import UserError
 from gnp.sweeps import directory, summary
 from gnp.sweeps.display import Display, Row
 from gnp.sweeps.jobs import Outcome, Source
@@ -33,8 +34,14 @@ def run(source: Source, pool: Pool, display: Display, out: pathlib.Path, metric:
                         outcome = source.ended(trial, outcome)
                         display.ended(trial.name, *outcome, ended.seconds)
                 while not stop.exit_code and pool.has_room and (job := source.next()):
-                    pool.start(job)
-                    display.started(job.name)
+                    try:
+                        pool.start(job)
+                    except UserError as error:  # as on a full disk; the others go on
+                        for trial in job.trials:
+                            outcome = source.ended(trial, Outcome("failed", str(error)))
+                            display.ended(trial.name, *outcome, 0.0)
+                    else:
+                        display.started(job.name)
                 if not pool.running:
                     return stop.exit_code
                 if stop.exit_code:

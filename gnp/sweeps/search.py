@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ class _Setting:
     trials: list[Trial]
     results: list[dict[str, Any] | None]
     is_pruned: bool
+    has_diverged: bool  # one of them has, and no other is begun
 
 
 class Search:
@@ -128,13 +130,23 @@ class Search:
             for trial, result in zip(x.trials, x.results, strict=True)
             if x.is_pruned
         )
+        failed = len(
+            {*self.failed}.union(
+                trial.name
+                for x in settings
+                for trial, result in zip(x.trials, x.results, strict=True)
+                if x.has_diverged and result is None and trial.name not in self._running
+            )
+        )
         total = max(self._num_settings, len(settings)) * len(self._seeds)
-        waiting = total - done - pruned - len(self.failed) - len(self._running)
-        return {"done": done, "failed": len(self.failed), "pruned": pruned, "waiting": waiting}
+        waiting = total - done - pruned - failed - len(self._running)
+        return {"done": done, "failed": failed, "pruned": pruned, "waiting": waiting}
 
     def is_unwanted(self, trial: Trial, progress: Progress) -> bool:
         """Whether the trial's setting is worse than the median of the settings before."""
         setting = self._of(trial)
+        if directory.result(self._out, trial) is not None:  # it has just ended
+            return False
         if self._prunes and not setting.is_pruned and trial is setting.trials[0]:
             drawn = self._report(setting, progress)
             if drawn.should_prune():
@@ -153,6 +165,8 @@ class Search:
             return outcome if result else Outcome("pruned", "worse than the median")
         if outcome.state == "failed":
             self.failed[trial.name] = outcome.text
+            if any(trial.workdir(self._out).glob("nonfinite-*.npz")):
+                self._give_up(setting)
         if result is not None and trial is setting.trials[0]:
             self._report(setting, self._watch.look(trial.workdir(self._out)))
         self._tell_if_complete(setting)
@@ -189,7 +203,13 @@ class Search:
             for seed in self._seeds
         ]
         results = [directory.result(self._out, trial) for trial in trials]
-        return _Setting(drawn.number, trials, results, drawn.state == TrialState.PRUNED)
+        return _Setting(
+            drawn.number,
+            trials,
+            results,
+            is_pruned=drawn.state == TrialState.PRUNED,
+            has_diverged=drawn.state == TrialState.COMPLETE and None in results,
+        )
 
     def _of(self, trial: Trial) -> _Setting:
         return next(x for x in self._settings.values() if trial in x.trials)
@@ -202,8 +222,15 @@ class Search:
             drawn.report(progress.values[number], step=number)
         return drawn
 
+    def _give_up(self, setting: _Setting) -> None:
+        """Tells Optuna that a setting, which has diverged, is worse than all others."""
+        if not setting.has_diverged:
+            self._study.tell(setting.number, math.inf)
+        setting.has_diverged = True
+        self._waiting = [x for x in self._waiting if x.setting != setting.trials[0].setting]
+
     def _tell_if_complete(self, setting: _Setting) -> None:
-        if setting.is_pruned or None in setting.results:
+        if setting.is_pruned or setting.has_diverged or None in setting.results:
             return
         values = [summary.value(result, self._metric) for result in setting.results]
         # One that is not finite is worse than all others.

@@ -64,6 +64,17 @@ def make(jobs: int, devices: str | None = None) -> list[Slot]:
     return [Slot(devices=",".join(part)) for part in _divide(names, jobs)]
 
 
+def with_one_device(slots: Sequence[Slot]) -> list[Slot]:
+    """The slots with the first of their GPUs each; a slot that has all gets the first of all."""
+    slots = list(slots)
+    if len(slots) == 1 and slots[0].devices is None:
+        slots = [slots[0]._replace(devices=name) for name in find_gpus(os.environ)[:1]] or slots
+    return [
+        slot if slot.devices is None else slot._replace(devices=slot.devices.split(",")[0])
+        for slot in slots
+    ]
+
+
 def find_gpus(environ: Mapping[str, str]) -> list[str]:
     """The GPUs that this process may use, without starting JAX, which would take their memory."""
     platforms = environ.get("JAX_PLATFORMS", "")

@@ -125,6 +125,14 @@ class Checkpoints:
             "in another --workdir, or bring a copy of the folder checkpoints back"
         )
 
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, to none of which the run goes back any more."""
+        if is_main():
+            for later in _list(self._directory):
+                if later > step:
+                    (self._directory / str(later)).rmtree()
+        wait_for_all(f"the checkpoints after {step}")
+
     def save(self, step: int, state: TrainState) -> None:
         """Begins to save; returns when the state's buffers may be donated.
 

@@ -131,8 +131,8 @@ class MetricsWriter:
             self._events.close()
             self._events = Events(self._workdir, purge_step=step + 1, config=self._config)
 
-    def close(self) -> None:
-        """Writes what is buffered, if that can be."""
+    def close(self, *, whole: bool = True) -> None:
+        """Writes what is buffered, if that can be; `whole`: also what a network may hold up."""
         if self._writes:
             try:
                 self.sync()
@@ -142,7 +142,7 @@ class MetricsWriter:
                     *(self._path, error.strerror or error),
                 )
             self._events.close()
-            if self._wandb is not None:
+            if self._wandb is not None and whole:
                 self._wandb.close()
 
     def _contents(self) -> bytes | None:

@@ -127,7 +127,7 @@ class Trial:
 
     def close(self, *, whole: bool) -> None:
         """Writes what is buffered; `whole`: also waits for a save that is under way."""
-        self.writer.close()
+        self.writer.close(whole=whole)
         if whole:
             self.checkpoints.close()
 

@@ -111,24 +111,49 @@ def train(
         for directory, experiment in zip(directories, experiments, strict=True):
             stack.enter_context(loop.opened(directory, experiment))
         results = [workdir.result(directory) for directory in directories]
-        going_on = [
-            i
-            for i, directory in enumerate(directories)
-            if results[i] is None and not _has_failed(directory)
-        ]
-        if going_on:
-            trials = [Trial(experiments[i], directories[i], command=command) for i in going_on]
-            program = Stack([experiments[i] for i in going_on])
-            stack.enter_context(loop.memory_told(first))
-            with loop.Run(program, trials) as run:
-                run.train()
-                for i, result in zip(going_on, run.results(), strict=True):
-                    results[i] = result
+        stack.enter_context(loop.memory_told(first))
+        for part in _parts(
+            {
+                i: Checkpoints(directory).steps()
+                for i, directory in enumerate(directories)
+                if results[i] is None and not _has_failed(directory)
+            }
+        ):
+            trials = [Trial(experiments[i], directories[i], command=command) for i in part]
+            program = Stack([experiments[i] for i in part])
+            try:
+                with loop.Run(program, trials) as run:
+                    run.train()
+                    for i, result in zip(part, run.results(), strict=True):
+                        results[i] = result
+            except _StreamedError:
+                for trial in trials:
+                    trial.close(whole=True)
+                break
     return [
-        # One that had failed before says so again, or goes on if it now may.
+        # One by itself, or that had failed before and says so again, or goes on if it now may.
         result or _alone_again(config, directory, command)
         for config, directory, result in zip(configs, directories, results, strict=True)
     ]
+
+
+def _parts(steps: Mapping[int, Sequence[int]]) -> list[list[int]]:
+    """The runs that go on together, from the steps of the checkpoints of each; not one alone.
+
+    Those that have none begin together; the others go on from a step that all have, or, where there
+    is none, with those of the same newest one.
+    """
+    parts: dict[int, list[int]] = {}
+    begun = [set(x) for x in steps.values() if x]
+    together = bool(begun) and bool(set.intersection(*begun))
+    for i, of_run in steps.items():
+        newest = max(of_run, default=-1)
+        parts.setdefault(0 if together and of_run else newest, []).append(i)
+    return [part for part in parts.values() if len(part) > 1]
+
+
+class _StreamedError(UserError):
+    """The data are streamed, each run's in its own order."""
 
 
 def _has_failed(directory: epath.Path) -> bool:
@@ -169,14 +194,18 @@ class Stack(Program):
     def state(self, checkpoints: Sequence[Checkpoints], pretrained: Any) -> TrainState:
         """The states of the newest step that all have, or the first ones."""
         like = self._experiment.abstract_state
-        if all(one.steps() for one in checkpoints):
+        if any(one.steps() for one in checkpoints):
             states = [one.restore(like) for one in checkpoints]
             common = set.intersection(*(set(one.steps()) for one in checkpoints))
-            if common:
-                for i, one in enumerate(checkpoints):
-                    if int(states[i].step) != max(common):
-                        states[i] = one.restore(like, max(common))
-                return self._together(states)
+            if not common:
+                raise UserError(
+                    "the runs have no checkpoint of one step that can be read; train each by itself"
+                )
+            for i, one in enumerate(checkpoints):
+                if int(states[i].step) != max(common):
+                    states[i] = one.restore(like, max(common))
+                    one.remove_after(max(common))  # whose rows are made again
+            return self._together(states)
 
         def init(values: dict[str, jax.Array]) -> TrainState:
             own, ema = self._at(values), self._experiment.config.ema.decay is not None
@@ -197,11 +226,7 @@ class Stack(Program):
     def train_call(self, data: Data, *, log_every: int, max_steps: int) -> jax.stages.Wrapped:
         """The program of up to `max_steps` train steps of all runs."""
         if isinstance(data, StreamedData):
-            raise UserError(
-                f"{self._experiment.source.name} is streamed, each run in its own order, and "
-                "cannot be shared by the runs of one program; train them one by one, or set "
-                "config.data.resident=true"
-            )
+            raise _StreamedError(f"{self._experiment.source.name} is streamed")
         mesh = self._experiment.mesh
 
         def train_call(

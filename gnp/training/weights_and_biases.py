@@ -17,10 +17,10 @@ _log = logging.getLogger(__name__)
 class WandbRun:
     """A run of the project `config.log.wandb`, in the group `config.log.group` if there is one.
 
-    The numbers are those of `metrics.jsonl`, as "train/loss" and so on at their steps. A run that
-    is continued goes on in the same one, whose number lies in the work directory; it forgets rows
-    that come again, which are the same. `WANDB_MODE=offline` keeps all in the work directory, from
-    where `wandb sync` sends it.
+    The numbers are those of `metrics.jsonl`, as "train/loss" and so on against "step". A run that
+    is continued goes on in the same one, whose number lies in the work directory; rows that it
+    makes again are there again, the same, unless it went back by `on_nonfinite=rollback`.
+    `WANDB_MODE=offline` keeps all in the work directory, from where `wandb sync` sends it.
 
     Raises:
       UserError: if Weights & Biases is not installed or not logged in to.
@@ -34,10 +34,10 @@ class WandbRun:
                 "config.log.wandb is set, but Weights & Biases is not installed; run "
                 "pip install 'gnp[wandb]'"
             ) from None
-        number = workdir / "wandb_id"
-        if not number.exists():
-            write_atomically(number, secrets.token_hex(8) + "\n")
         try:
+            number = workdir / "wandb_id"
+            if not number.exists():
+                write_atomically(number, secrets.token_hex(8) + "\n")
             self._run: Any = wandb.init(
                 project=config.log.wandb,
                 group=config.log.group,
@@ -49,8 +49,9 @@ class WandbRun:
                 config=gnp_config.flat(config),
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except wandb.Error as error:
-            first = str(error).strip().splitlines()[0]
+            self._run.define_metric("*", step_metric="step")
+        except (wandb.Error, OSError) as error:
+            first = (str(error).strip().splitlines() or [repr(error)])[0]
             raise UserError(
                 f"config.log.wandb: {first} (wandb login, or WANDB_MODE=offline)"
             ) from None
@@ -65,7 +66,7 @@ class WandbRun:
             if isinstance(value, float) and name not in ("epoch", "wall_time")
         }
         try:
-            self._run.log(values | {"epoch": row["epoch"]}, step=row["step"])
+            self._run.log(values | {"step": row["step"], "epoch": row["epoch"]})
         except Exception as error:  # whatever its service raises
             _log.warning("Weights & Biases has ended (%s); the run goes on without it", error)
             self._run = None
@@ -73,5 +74,8 @@ class WandbRun:
     def close(self) -> None:
         """Sends what is left."""
         if self._run is not None:
-            self._run.finish()
+            try:
+                self._run.finish()
+            except Exception as error:
+                _log.warning("Weights & Biases lacks the last rows (%s)", error)
             self._run = None

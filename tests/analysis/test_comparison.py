@@ -219,3 +219,14 @@ def test_gradients_a_step_of_a_run_under_way(tmp_path):
     half = comparison.gradients_per_step(make(tmp_path / "b", None, rows=4, **fields))
     assert half == pytest.approx(1.5)
     assert math.isnan(comparison.gradients_per_step(make(tmp_path / "c", None, rows=0)))
+
+
+def test_one_that_ended_at_a_step_that_is_not_finite_has_diverged(tmp_path):
+    """Its rows are all finite: the failing step writes none."""
+    run = make(tmp_path / "a", error=None, rows=3)
+    assert not comparison.has_diverged(run)
+    (tmp_path / "a" / "nonfinite-31.npz").touch()
+    assert comparison.has_diverged(run)
+    ended = make(tmp_path / "b", error=0.25)
+    (tmp_path / "b" / "nonfinite-31.npz").touch()  # but it went on, as with on_nonfinite=skip
+    assert not comparison.has_diverged(ended)

@@ -67,6 +67,16 @@ def test_devices_and_cores_are_divided(monkeypatch):
     assert slots.make(6) == [Slot()] * 6  # more than cores: they share them
 
 
+def test_one_program_has_one_device(monkeypatch):
+    three = slots.make(2, "a,b,c")
+    assert [slot.devices for slot in slots.with_one_device(three)] == ["a", "b"]
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert slots.with_one_device(slots.make(1)) == [Slot("2")]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert slots.with_one_device(slots.make(1)) == [Slot()]
+
+
 @pytest.mark.parametrize(
     ("jobs", "devices", "message"),
     [
@@ -123,8 +133,10 @@ def test_why_a_trial_failed(tmp_path, log, code, reason):
 
 def test_a_job_that_cannot_be_started(tmp_path):
     for log, program in ((tmp_path / "no" / "log", "true"), (tmp_path / "log", "/no/program")):
+        pool = Pool([Slot()])
         with pytest.raises(UserError, match=r"cannot start name: /.*: No such file"):
-            Pool([Slot()]).start(Job("name", (TRIAL,), [program], log))
+            pool.start(Job("name", (TRIAL,), [program], log))
+        assert pool.has_room
 
 
 # --- The table ----------------------------------------------------------------------------------

@@ -113,6 +113,21 @@ def test_one_that_is_not_finite_is_the_worst(tmp_path):
     assert study(tmp_path).trials[0].value == math.inf
 
 
+def test_one_that_ended_at_such_a_step_is_too_and_is_not_tried_again(tmp_path):
+    source = search(tmp_path, seeds=(0, 1), num_settings=2)
+    (bad,) = source.next().trials
+    bad.workdir(tmp_path).mkdir(parents=True)
+    (bad.workdir(tmp_path) / "nonfinite-7.npz").touch()  # what gnp.train leaves there
+    source.ended(bad, Outcome("failed", "step 7: the loss or a gradient is not finite"))
+    assert study(tmp_path).trials[0].value == math.inf
+    assert source.count() == {"done": 0, "failed": 2, "pruned": 0, "waiting": 2}
+    again = search(tmp_path, seeds=(0, 1), num_settings=2)
+    assert again.count() == {"done": 0, "failed": 2, "pruned": 0, "waiting": 2}
+    names = [trial.setting for trial in work(again, tmp_path, 2)]
+    assert bad.setting not in names and again.next() is None
+    assert study(tmp_path).trials[1].value == 0.5
+
+
 def test_failed_and_interrupted_settings_are_continued_first(tmp_path):
     source = search(tmp_path, seeds=(0, 1), num_settings=3)
     (done, failed) = (source.next().trials[0], source.next().trials[0])

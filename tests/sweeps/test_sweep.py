@@ -280,14 +280,24 @@ def test_the_second_ctrl_c_ends_at_once(run, monkeypatch):
     with start(run, "--grid", "gr=none", "--config.epochs=1") as process:
         wait_for(run.out / "trials" / "gr=none,seed=0" / "metrics.jsonl")
         os.killpg(process.pid, signal.SIGINT)
+        while "again to stop at once" not in process.stderr.readline():
+            assert process.poll() is None
         time.sleep(0.5)
         assert process.poll() is None  # it waits for the trial, which does not end
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
     assert process.returncode == 130
     (trial,) = run.starts("gr=none,seed=0")
     with pytest.raises(ProcessLookupError):
         os.kill(trial["process"], 0)
+
+
+def test_a_trial_whose_log_cannot_be_written_stops_nothing(run, capsys):
+    (run.out / "logs" / "gr=off,seed=0.log").mkdir(parents=True)
+    assert run("--grid", "gr=off,zero", "--config.epochs=1") == 1
+    printed = capsys.readouterr()
+    assert "1 done, 1 failed" in printed.out
+    assert "cannot start gr=off,seed=0: " in printed.out + printed.err
 
 
 # --- Progress -----------------------------------------------------------------------------------

@@ -368,6 +368,7 @@ def test_interrupted_and_killed_it_ends_as_if_it_had_not_been(together, tmp_path
     assert [len(read_rows(path, "test")) for path in workdirs] == [1, 0]
     # As if killed when only one had been saved.
     shutil.rmtree(workdirs[1] / "checkpoints" / str(saved))
+    assert [Checkpoints(path).steps() for path in workdirs] == [[6, 5], [5]]
     results = vmapped.train(configs, workdirs)
     for path, other, result, expected in zip(
         workdirs, together[0], results, together[1], strict=True
@@ -375,6 +376,24 @@ def test_interrupted_and_killed_it_ends_as_if_it_had_not_been(together, tmp_path
         assert result["params_sha256"] == expected["params_sha256"]
         assert timeless(read_rows(path)) == timeless(read_rows(other))
     assert vmapped.train(configs, workdirs) == results
+
+
+@pytest.mark.parametrize(
+    ("steps", "parts"),
+    [
+        ({0: [], 1: []}, [[0, 1]]),
+        ({0: [10, 5], 2: [10, 5]}, [[0, 2]]),
+        ({0: [10, 5], 1: [5]}, [[0, 1]]),
+        ({0: [10, 5], 1: [], 2: [10, 5], 3: []}, [[0, 2], [1, 3]]),  # seeds that came later
+        ({0: [10], 1: [5], 2: [10]}, [[0, 2]]),
+        ({0: [10], 1: [5]}, []),
+        ({0: [10, 5], 1: []}, []),
+        ({}, []),
+    ],
+)
+def test_who_goes_on_together(steps, parts):
+    """Nothing that has been trained is begun again."""
+    assert vmapped._parts(steps) == parts
 
 
 # --- A loss that is not finite ------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_the_same_numbers_in_one_run(tmp_path, monkeypatch):
                 item.key or item.nested_key[0]: item.value_json for item in record.history.item
             }
             values = {name: json.loads(value) for name, value in values.items()}
-            shown |= {(values["_step"], n): x for n, x in values.items() if "/" in n}
+            shown |= {(values["step"], n): x for n, x in values.items() if "/" in n}
     written = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
