@@ -76,8 +76,9 @@ def train(
     Each work directory then holds what `gnp.training.train` would have left there, and can be
     evaluated, continued and completed by itself. Order of the data, augmentation and masks are
     those of the run by itself; the numbers agree up to rounding, since products of many matrices
-    at once are summed in another order. Runs that were interrupted go on from the newest step that
-    all of them have, and end as if they had not been, bit for bit.
+    at once are summed in another order. Runs that were interrupted together go on from the newest
+    step that all of them have, and end as if they had not been, bit for bit; those that have come
+    to another step go on by themselves.
 
     Args:
       configs: of the runs; one alone is trained by `gnp.training.train`.
