@@ -28,28 +28,40 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UserError` in place of printing the usage."""
+        if "are required" in message or "unrecognized" in message:  # a flag may be mistyped
+            for flag in (argument.partition("=")[0] for argument in sys.argv[1:]):
+                is_flag = flag.startswith("--") and not flag.startswith("--config.")
+                if is_flag and flag not in self._option_string_actions:
+                    raise self._unknown(flag)
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def parse_with_fields(
+        self, arguments: Sequence[str] | None = None
+    ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+        """Parses a command line that may set fields, as --config.a.b=text.
 
-def overrides(arguments: Sequence[str], flags: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of field and text from ["--config.a.b=text", …], in order.
+        Args:
+          arguments: by default the program's.
 
-    Args:
-      arguments: what is left of the command line.
-      flags: the flags that it may have beside these, to be suggested for another.
+        Returns:
+          The flags, and pairs of field and text, in order.
 
-    Raises:
-      UserError: for anything else, and for a field without a value.
-    """
-    pairs = []
-    for argument in arguments:
-        flag, equals, text = argument.partition("=")
-        if not flag.startswith("--config."):
-            raise unknown("flag", flag, [*flags, "--help"])
-        if not equals:
-            raise UserError(f"{flag} has no value; write {flag}=VALUE")
-        pairs.append((flag.removeprefix("--config."), text))
-    return pairs
+        Raises:
+          UserError: for any other flag, and for a field without a value.
+        """
+        flags, rest = self.parse_known_args(arguments)
+        pairs = []
+        for argument in rest:
+            flag, equals, text = argument.partition("=")
+            if not flag.startswith("--config."):
+                raise self._unknown(flag)
+            if not equals:
+                raise UserError(f"{flag} has no value; write {flag}=VALUE")
+            pairs.append((flag.removeprefix("--config."), text))
+        return flags, pairs
+
+    def _unknown(self, flag: str) -> UserError:
+        return unknown("flag", flag, [x for x in self._option_string_actions if x != "-h"])
 
 
 def directory(text: str) -> epath.Path:

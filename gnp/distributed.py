@@ -15,8 +15,6 @@ from gnp import peers
 from gnp.errors import UserError
 from gnp.peers import HEARTBEAT_TIMEOUT
 
-FLAGS = ("--coordinator", "--num_processes", "--process_id", "--distributed", "--join_timeout")
-
 # Of each launcher: the variables with the number of processes, this one's index among them, and
 # its index among those of its host. For a launcher that is None there JAX finds it out.
 _VARIABLES: dict[str, tuple[str | None, str | None, str | None]] = {
@@ -32,7 +30,7 @@ _BY_HAND = (
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `FLAGS`, the arguments of `join`, to a command line."""
+    """Adds the arguments of `join` to a command line."""
     group = parser.add_argument_group(
         "several processes",
         "Found in the environment under srun and mpirun (Open MPI), and of TPU hosts on GKE.",

@@ -5,7 +5,7 @@ import signal
 from typing import Any, NoReturn
 
 from gnp import environment
-from gnp.command_line import Parser, overrides, run
+from gnp.command_line import Parser, run
 from gnp.errors import EX_TEMPFAIL, UserError
 
 DESCRIPTION = """\
@@ -24,12 +24,6 @@ NAME is an argument of the config file (gr) or a field of the configuration (gr.
 a,b,c or START:STOP:STEP or linspace(START,STOP,COUNT) or logspace(START,STOP,COUNT); a value that
 has commas stands in brackets, [a,b]. A DISTRIBUTION is uniform(LOW,HIGH), loguniform(LOW,HIGH),
 int(LOW,HIGH) or choice(a,b,c). What all trials share is set as in gnp.train: --config.epochs=20"""
-
-_FLAGS = (
-    *("--config", "--out", "--grid", "--search", "--seeds", "--metric", "--trials", "--sampler"),
-    *("--sampler_seed", "--prune", "--jobs", "--devices", "--vmap", "--launcher", "--sbatch"),
-    "--report",
-)
 
 
 def main() -> int:
@@ -52,8 +46,7 @@ def main() -> int:
     add("--launcher", choices=("local", "slurm"), default="local", help="slurm: write an array job")
     add("--sbatch", metavar="OPTIONS", help="more options of the array job, as --partition=gpu")
     add("--report", action="store_true", help="write OUT/report in the end")
-    flags, rest = parser.parse_known_args()
-    changes = overrides(rest, _FLAGS)
+    flags, changes = parser.parse_with_fields()
     _check(flags)
     environment.set_up()
 

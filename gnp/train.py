@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from gnp import config as gnp_config
 from gnp import distributed, environment, models, peers
-from gnp.command_line import Parser, directory, overrides, run
+from gnp.command_line import Parser, directory, run
 from gnp.errors import EX_TEMPFAIL, UserError
 
 DESCRIPTION = """\
@@ -45,7 +45,7 @@ def main() -> int:
         help="trace so many steps into WORKDIR/profile, for XProf and Perfetto",
     )
     distributed.add_flags(parser)
-    flags, rest = parser.parse_known_args()
+    flags, changes = parser.parse_with_fields()
     if flags.replay is not None:
         flags.workdir = flags.workdir or flags.replay / "replay"
     elif missing := [f"--{x}" for x in ("config", "workdir") if getattr(flags, x) is None]:
@@ -55,8 +55,6 @@ def main() -> int:
     if flags.profile < 0:
         raise UserError(f"--profile is {flags.profile}; it must be a number of steps")
     environment.set_up()
-    names = ["--config", "--replay", "--workdir", "--profile", "--list-models"]
-    changes = overrides(rest, [*names, *distributed.FLAGS])
     if flags.replay is None:
         config = gnp_config.load(flags.config, changes)
     else:

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from gnp import config as gnp_config
 from gnp import transforms
-from gnp.command_line import Parser, overrides, run
+from gnp.command_line import Parser, run
 from gnp.errors import UserError, unknown
 from gnp.files import lock, write_atomically
 from gnp.training import flops
@@ -436,7 +436,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--vmap", default="auto", help="seeds side by side; auto: all or one, what is faster")
     add("--minutes", type=float, default=math.inf, help="stop after so many, saved")
     add("--json", type=pathlib.Path, help="file for the table, an object a line")
-    flags, rest = parser.parse_known_args(arguments)
+    flags, changes = parser.parse_with_fields(arguments)
 
     flags.policies = list(dict.fromkeys(flags.policies.split(",")))
     if flags.vmap != "auto" and not flags.vmap.isdecimal():
@@ -456,7 +456,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
         warmup = gnp_config.parse_duration(config.lr.warmup).value * flags.epochs / config.epochs
         config.epochs, config.lr.warmup = flags.epochs, f"{warmup:.6f}ep"
     config.dtype, config.data.data_dir = flags.dtype, flags.data_dir
-    for field, text in overrides(rest, [f"--{name}" for name in vars(flags)]):
+    for field, text in changes:
         if field in ("seed", "gr.policy"):
             raise UserError(f"--config.{field} differs from run to run; set --seeds and --policies")
         gnp_config.override(config, field, text)

@@ -53,7 +53,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, flags, message):
         ("evaluate", [], "the following arguments are required: --workdir"),
         ("evaluate", ["--workdir=nowhere"], "nowhere is not a work directory"),
         ("report", ["nowhere"], "nowhere"),
+        ("evaluate", ["--workdr=x"], "unknown flag '--workdr'; did you mean '--workdir'?"),
         ("sweep", [], "the following arguments are required: --config, --out"),
+        ("sweep", ["--confg=a", "--out=x"], "unknown flag '--confg'; did you mean '--config'?"),
         ("sweep", ["--config=configs/digit.py", "--out=x", "--seeds=2"], "'configs/digits.py'?"),
     ],
 )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gnp import config as gnp_config
-from gnp.command_line import Parser, overrides, run
+from gnp.command_line import Parser, run
 from gnp.errors import UserError
 
 DESCRIPTION = """\
@@ -22,8 +22,7 @@ def main() -> int:
     parser.add_argument("--step", type=int, default=0, help="of which step (default: 0)")
     parser.add_argument("--rows", type=int, default=4, help="of images (default: 4)")
     parser.add_argument("--columns", type=int, default=8, help="of images (default: 8)")
-    flags, rest = parser.parse_known_args()
-    fields = overrides(rest, ["--config", "--out", "--step", "--rows", "--columns"])
+    flags, fields = parser.parse_with_fields()
     for name in ("rows", "columns"):
         if not 1 <= getattr(flags, name) <= 50:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be from 1 to 50")

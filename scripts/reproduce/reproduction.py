@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from gnp.command_line import Parser, overrides, run
+from gnp.command_line import Parser, run
 from gnp.errors import UserError, unknown
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,8 +73,7 @@ def _main(description: str, scales: Mapping[str, Sequence[Sweep]], seeds: int) -
     parser.add_argument("--data_dir", help="where the data set is")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--dry_run", action="store_true", help="print the commands alone")
-    flags, rest = parser.parse_known_args()
-    changes = overrides(rest, ("--out", "--scale", "--seeds", "--data_dir", "--jobs", "--dry_run"))
+    flags, changes = parser.parse_with_fields()
     if flags.scale not in scales:
         raise unknown("scale", flags.scale, list(scales))
     shared = [
