@@ -111,6 +111,19 @@ def lock(directory: epath.Path | pathlib.Path) -> Iterator[None]:
             _held.discard(file)
 
 
+def is_locked(directory: epath.Path | pathlib.Path) -> bool:
+    """Whether a process holds a directory; False where there are no locks."""
+    try:
+        with open(os.path.join(directory, ".lock"), "rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # nobody has ever held it
+        return False
+    return False
+
+
 def _take(file: IO[bytes], directory: epath.Path | pathlib.Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -197,6 +197,21 @@ def test_scaling(tmp_path):
         assert values[f"{TASK}: a step on {devices} forced devices / on 1"] > 0
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param("steps", marks=pytest.mark.slow),
+        pytest.param("runs", marks=pytest.mark.soak),  # six runs from nothing
+    ],
+)
+def test_sweep(tmp_path, parts):
+    sizes = ("--seeds=2", "--epochs=0.1", f"--parts={parts}")
+    rows = rows_of("sweep", tmp_path / "rows.jsonl", *sizes)
+    assert len(rows) == {"steps": 1, "runs": 3}[parts]
+    for row in rows:
+        assert row["value"] > 0 and row["unit"] == ("s" if row["name"].endswith("vmapped") else "")
+
+
 PROGRAM = """
   %x = f32[8]{0} parameter(0), metadata={op_name="all-reduce(" }
   %all-reduce.3 = (f32[2,3]{1,0:T(8,128)}, bf16[10]{0}, /*index=2*/f32[]) all-reduce(%a, %b, %c)

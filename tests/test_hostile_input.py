@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 
 from gnp import config as gnp_config
 from gnp import report
-from gnp.analysis import runs
+from gnp.analysis import measures, runs
 from gnp.data import npz, open_source, resident
 from gnp.data.augment import parse_augment
 from gnp.data.decode import random_resized_crop, refusal, stored
@@ -42,6 +42,7 @@ from gnp.data.records import DamagedError, Source
 from gnp.data.tfrecord import TFRecords
 from gnp.errors import UserError, printable
 from gnp.models import load_pretrained
+from tests.analysis.test_measures import ROW
 from tests.data import fake_archives
 from tests.data.cifar_like import as_tfrecord, write_cifar, write_tfrecord
 from tests.models.test_pretrained import random_variables, small, to_timm
@@ -280,6 +281,16 @@ def draw_run(folder, _):
     report.write(folder)
 
 
+def write_measures(folder):
+    for step in (5, 10):
+        measures.append(folder, ROW | {"step": step})
+
+
+def read_measures(folder, _):
+    for row in measures.load(folder):
+        assert type(row["step"]) is int and all(type(x) is float for x in row["eigenvalues"])
+
+
 READERS = {
     "override": Reader(
         texts("gr.radius=0.05", "model.depths=2,2,6", "data.augment=pad_crop:4,flip", "seed=3"),
@@ -310,6 +321,7 @@ READERS = {
         read_cifar,
         "cifar10/3.0.2/*.[jt]*[nt]",
     ),
+    "sharpness": Reader(write_measures, read_measures, "sharpness.jsonl"),
     "text": Reader(write_text, lambda folder, _: open_source("ptb", str(folder))),
     "zip": Reader(
         fake_archives.write_tiny_imagenet, read_tiny_zip, "*.zip", made=("tiny-imagenet-200",)

@@ -174,12 +174,57 @@ def measured_variance(nu: Any, count: int | jax.Array, b2: float) -> float:
     Returns:
       The population variance; NaN where no entry is left, or where one is NaN.
     """
-    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(nu)]
-    entries = np.concatenate([np.empty(0), *leaves])
-    entries = entries[entries != 0]
+    entries = _positive(nu)
     if not entries.size:
         return math.nan
     return float(np.var(np.sqrt((1 - b2 ** int(count)) / entries)))
+
+
+def measured_spread(nu: Any) -> float:
+    r"""How far apart the adaptive learning rates of the parameters are, in a training run.
+
+    The 95th over the 5th percentile of :math:`1 / \sqrt{v_t}` over all parameters; the correction
+    of the bias cancels. Parameters whose gradient is 0 but for rounding, as that of the biases of
+    attention's keys, have enormous rates, and where there are any the variance is theirs; they do
+    not move the percentiles while they are few.
+
+    Args:
+      nu: as for `measured_variance`, without its entries of 0.
+
+    Returns:
+      At least 1; NaN where no entry is left, or where one is NaN.
+    """
+    entries = _positive(nu)
+    if not entries.size:
+        return math.nan
+    low, high = np.quantile(entries, (0.05, 0.95))
+    return float(np.sqrt(high / low))
+
+
+def _positive(nu: Any) -> np.ndarray:
+    """The entries of all leaves that are not 0, in float64."""
+    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(nu)]
+    entries = np.concatenate([np.empty(0), *leaves])
+    return entries[entries != 0]
+
+
+def second_moments(opt_state: Any, name: str = "nu") -> list[tuple[Any, Any]]:
+    """The pairs of v_t and t in an optimizer's state, however deep in chains; t may be None.
+
+    Args:
+      opt_state: the state of an Optax transform.
+      name: of the field with v_t: "nu", or "nu_max" for AMSGrad's running maximum.
+    """
+    trees = optax.tree_utils
+
+    def states_with(field: str) -> dict[Any, Any]:  # the parameters may have keys of that name too
+        found = trees.tree_get_all_with_path(
+            opt_state, field, lambda path, _: isinstance(path[-1], trees.NamedTupleKey)
+        )
+        return {path[:-1]: value for path, value in found}
+
+    counts = states_with("count")
+    return [(nu, counts.get(path)) for path, nu in states_with(name).items()]
 
 
 def measured_variance_of_state(opt_state: Any, b2: float) -> float:
@@ -195,16 +240,7 @@ def measured_variance_of_state(opt_state: Any, b2: float) -> float:
     Raises:
       ValueError: if there is no such state, or several.
     """
-    trees = optax.tree_utils
-
-    def states_with(name: str) -> dict[Any, Any]:  # the parameters may have keys of that name too
-        found = trees.tree_get_all_with_path(
-            opt_state, name, lambda path, _: isinstance(path[-1], trees.NamedTupleKey)
-        )
-        return {path[:-1]: value for path, value in found}
-
-    nus, counts = states_with("nu"), states_with("count")
-    moments = [(nu, counts[path]) for path, nu in nus.items() if path in counts]
+    moments = [(nu, count) for nu, count in second_moments(opt_state) if count is not None]
     if len(moments) != 1:
         raise ValueError(
             f"the optimizer state has {len(moments)} parts with a `nu` and a `count`, not one; "

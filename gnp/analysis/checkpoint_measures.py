@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -105,14 +105,12 @@ class _Measured:
         loss, others = self._loss, state.model_state
         here, grad = loss.value_and_grad(state.params, others)
         grad_norm = float(optax.tree.norm(grad))
-        variance, left_out = variance_of_adaptive_rates(
-            state.opt_state, experiment.config.optimizer
-        )
-        if left_out:
+        rates = adaptive_rates(state.opt_state, experiment.config.optimizer)
+        if rates.left_out:
             _log.warning(
                 "step %d: %d of the %d parameters have no adaptive learning rate, since their "
-                "second moment is 0; its variance is that of the others",
-                *(state.step, left_out, num_params(state.params)),
+                "second moment is 0; what is said of it is about the others",
+                *(state.step, rates.left_out, num_params(state.params)),
             )
         row: dict[str, Any] = {
             "step": int(state.step),
@@ -124,7 +122,8 @@ class _Measured:
             "weight_norm": float(optax.tree.norm(state.params)),
             **_not_finite(),
             "radius": settings.radius,
-            "adaptive_lr_variance": variance,
+            "adaptive_lr_variance": rates.variance,
+            "adaptive_lr_spread": rates.spread,
             "surface": None,
             "settings": dataclasses.asdict(settings),
         }
@@ -144,45 +143,50 @@ class _Measured:
         return row
 
 
-def variance_of_adaptive_rates(
-    opt_state: optax.OptState, config: ConfigDict
-) -> tuple[float | None, int]:
-    r"""The variance over the parameters of :math:`1 / \sqrt{\hat v}`, and how many are left out.
+class AdaptiveRates(NamedTuple):
+    """The adaptive learning rates of the parameters, in three numbers.
+
+    Attributes:
+      variance: `adaptive_lr.measured_variance`.
+      spread: `adaptive_lr.measured_spread`.
+      left_out: how many parameters have none, since their second moment is 0.
+    """
+
+    variance: float | None
+    spread: float | None
+    left_out: int
+
+
+def adaptive_rates(opt_state: optax.OptState, config: ConfigDict) -> AdaptiveRates:
+    r"""The adaptive learning rates :math:`1 / \sqrt{\hat v}` in an optimizer's state.
 
     :math:`\hat v` is what the optimizer divides by the root of, or by another power of: the
     bias-corrected second moment, of AMSGrad and Padam its running maximum, of RMSProp the moment as
-    it is. See `adaptive_lr.measured_variance`. Parameters whose gradient is 0 but for rounding, as
-    that of the biases of attention's keys, have enormous rates; where there are any, the variance
-    is theirs.
+    it is.
 
     Args:
       opt_state: the optimizer's state, however deep in chains.
       config: a configuration's `optimizer`.
 
     Returns:
-      The variance, None if the optimizer has no second moment or all are 0; and the number of
-      parameters whose :math:`\hat v` is 0, which it leaves out.
+      With None for what is not finite, or if the optimizer has no second moment.
     """
     name = "nu_max" if config.name in ("amsgrad", "padam") else "nu"
-    moments = _fields(opt_state, name)
+    moments = adaptive_lr.second_moments(opt_state, name)
     if len(moments) != 1:
-        return None, 0
-    (path, nu), counts = moments.popitem(), _fields(opt_state, "count")
+        return AdaptiveRates(None, None, 0)
+    nu, count = moments[0]
     if config.name == "rmsprop":
         variance = adaptive_lr.measured_variance(nu, 1, 0.0)  # nothing to correct
     else:
-        variance = adaptive_lr.measured_variance(nu, counts[path], config.b2)
+        variance = adaptive_lr.measured_variance(nu, count, config.b2)
+    spread = adaptive_lr.measured_spread(nu)
     left_out = sum(int(np.sum(np.asarray(x) == 0)) for x in jax.tree.leaves(nu))
-    return (variance if math.isfinite(variance) else None), left_out
+    return AdaptiveRates(_finite(variance), _finite(spread), left_out)
 
 
-def _fields(opt_state: optax.OptState, name: str) -> dict[Any, Any]:
-    """The fields of a name in the states within a state, by the path of the state they are in."""
-    trees = optax.tree_utils
-    found = trees.tree_get_all_with_path(  # parameters may have such a name too
-        opt_state, name, lambda path, _: isinstance(path[-1], trees.NamedTupleKey)
-    )
-    return {path[:-1]: value for path, value in found}
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def _not_finite() -> dict[str, Any]:

@@ -10,6 +10,7 @@ A line is a JSON object, a row: one checkpoint, measured with one set of setting
 - "density": {"eigenvalue": […], "density": […]}, the smoothed spectral density;
 - "sam_sharpness", "radius": max L(θ + ε) − L(θ) over ‖ε‖ ≤ radius;
 - "adaptive_lr_variance": over the parameters, of 1/√v̂; null if the optimizer has no v̂;
+- "adaptive_lr_spread": likewise, its 95th percentile over its 5th;
 - "surface": null, or {"x": […], "y": […], "loss": [[…]]}, rows of "loss" along y;
 - "settings": those of `Settings`.
 
@@ -203,15 +204,13 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     if len(lists["eigenvalues"]) != len(lists["eigenvalue_errors"]):  # type: ignore[arg-type]
         return None
-    variance = row.get("adaptive_lr_variance")
-    if variance is not None:
-        variance = number(variance)
+    rates = {name: row.get(name) for name in ("adaptive_lr_variance", "adaptive_lr_spread")}
     return {
         **{"step": step, "epoch": epoch, "split": row["split"], "num_examples": examples},
         **{name: number(row.get(name)) for name in _NUMBERS},
         **lists,
-        **{"density": curve, "adaptive_lr_variance": variance},
-        **{"surface": plane, "settings": row["settings"]},
+        **{name: None if x is None else number(x) for name, x in rates.items()},
+        **{"density": curve, "surface": plane, "settings": row["settings"]},
     }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 
 from gnp.errors import UserError
@@ -13,6 +14,8 @@ from gnp.sweeps.jobs import Grid, Source
 from gnp.sweeps.parameters import parse_grid, parse_search, parse_seeds
 from gnp.sweeps.processes import Pool
 from gnp.sweeps.trials import Recipe, product, resolve, shell
+
+_WAIT_SECONDS = 0.5  # between two looks whether other processes have ended
 
 
 def sweep(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
@@ -57,6 +60,8 @@ def sweep(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     with lock(out):
         directory.claim(out, here)
         directory.check(out, trials)
+        if not is_array:
+            _wait_for_others(out)
         grid = Grid(out, trials, metric)
         if is_array:
             return _write_array_job(out, grid, options, flags.jobs)
@@ -85,6 +90,7 @@ def _search(
     directory.make(out)
     with lock(out):
         directory.claim(out, here)
+        _wait_for_others(out)
         source = search.Search(
             *(out, recipe, space, arguments, seeds, metric),
             num_settings=flags.trials or 20,
@@ -94,6 +100,14 @@ def _search(
         )
         _say(f"{flags.trials or 20} settings × {len(seeds)} seeds, judged by {metric}")
         return _run(flags, out, source, Pool(places), metric)
+
+
+def _wait_for_others(out: pathlib.Path) -> None:
+    """Waits for what a sweep that was killed has left running: it goes on to its end."""
+    if names := directory.in_training(out):
+        _say(f"other processes train {', '.join(names)}; waiting for their end")
+    while directory.in_training(out):
+        time.sleep(_WAIT_SECONDS)
 
 
 def _write_array_job(

@@ -16,7 +16,7 @@ from etils import epath
 
 from gnp import config as gnp_config
 from gnp.errors import UserError
-from gnp.files import write_atomically
+from gnp.files import is_locked, write_atomically
 from gnp.sweeps.trials import Recipe, Trial
 from gnp.training import workdir
 
@@ -121,6 +121,11 @@ def check(out: pathlib.Path, trials: Iterable[Trial]) -> None:
 def result(out: pathlib.Path, trial: Trial) -> dict[str, Any] | None:
     """What a trial wrote when it ended; None while it has not."""
     return workdir.result(epath.Path(trial.workdir(out)))
+
+
+def in_training(out: pathlib.Path) -> list[str]:
+    """The trials that processes are training, such as those of a sweep that was killed."""
+    return sorted(path.name for path in (out / "trials").iterdir() if is_locked(path))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -29,7 +29,15 @@ SCALES = {
             "runs",
             "cifar_vit.py:scale=small",
             {"gr": POLICIES},
-            {"epochs": 6, "lr.warmup": "3ep"},
+            {
+                "data.train": "train[:10%]",
+                "data.augment": "none",
+                "epochs": 60,
+                "lr.base": 1e-2,
+                "lr.warmup": "20ep",
+                "eval.every": "5ep",
+                "checkpoint.every": "10ep",
+            },
         )
     ],
 }

@@ -90,6 +90,7 @@ def measured_run(folder: pathlib.Path, scale=1.0, **fields):
                 "density": {"eigenvalue": [0.0, 1.0, 2.0], "density": [0.5, scale * index, 0.0]},
                 **{"sam_sharpness": scale * index, "radius": 0.05},
                 "adaptive_lr_variance": 10 * scale * index,
+                "adaptive_lr_spread": 20 * scale * index,
                 "surface": {"x": grid, "y": grid, "loss": surface},
             }
             file.write(json.dumps(row) + "\n")

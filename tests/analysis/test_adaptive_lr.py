@@ -164,6 +164,16 @@ def test_measured_variance_is_that_of_the_corrected_entries_that_are_not_zero():
     assert math.isnan(adaptive_lr.measured_variance({"b": jnp.array([1.0, jnp.nan])}, 1, 0.9))
 
 
+@pytest.mark.parametrize("noise", [0, 1e-30])
+def test_the_spread_is_that_of_the_rates_between_the_percentiles(noise):
+    """Of rates whose logarithms are uniform; a few that come from rounding do not move it."""
+    rates = np.exp(np.linspace(0, 1, 10_001))
+    nu = {"w": jnp.asarray(rates[:6000] ** -2), "b": jnp.asarray(rates[6000:] ** -2)}
+    nu["k"] = jnp.full(10, noise)
+    assert adaptive_lr.measured_spread(nu) == pytest.approx(np.exp(0.9), rel=2e-3)
+    assert math.isnan(adaptive_lr.measured_spread({"b": jnp.zeros(3)}))
+
+
 def test_an_optimizer_fed_random_gradients_measures_the_exact_variance():
     """`nu` and `count` are found beside other counts, and parameters of these names."""
     t, gamma, b2, size = 20, 0.1, 0.99, 40_000

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from gnp import config as gnp_config
 from gnp import models
 from gnp.analysis import checkpoint_measures, measures
-from gnp.analysis.checkpoint_measures import measure_checkpoints, variance_of_adaptive_rates
+from gnp.analysis.checkpoint_measures import adaptive_rates, measure_checkpoints
 from gnp.analysis.mean_loss import split_loss
 from gnp.analysis.measures import Settings
 from gnp.data.loading import ResidentData
@@ -148,7 +148,7 @@ def test_batch_norm_has_its_running_statistics():
 
 
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "yogi", "padam", "rmsprop", "sgd"])
-def test_the_variance_of_adaptive_rates_is_numpys(name):
+def test_the_adaptive_rates_are_numpys(name):
     config = gnp_config.default().optimizer
     config.name, config.b2 = name, 0.9
     tx = optax.chain(optax.identity(), base_optimizer(config, 1e-3))
@@ -160,9 +160,9 @@ def test_the_variance_of_adaptive_rates_is_numpys(name):
     for g in grads:
         tree = {"nu": jnp.asarray(g[:6].reshape(2, 3)), "b": jnp.asarray(g[6:])}
         _, state = update(tree, state, params)
-    found, left_out = variance_of_adaptive_rates(state, config)
+    found = adaptive_rates(state, config)
     if name == "sgd":
-        assert (found, left_out) == (None, 0)
+        assert found == (None, None, 0)
         return
     decay = config.decay if name == "rmsprop" else 0.9
     v, largest = np.full(10, 1e-6 if name == "yogi" else 0.0), np.zeros(10)
@@ -174,15 +174,18 @@ def test_the_variance_of_adaptive_rates_is_numpys(name):
         largest = np.maximum(largest, v)
     v = largest if name in ("amsgrad", "padam") else v
     v = v / (1 if name == "rmsprop" else 1 - 0.9**3)
-    assert left_out == np.sum(v == 0)
-    assert found == pytest.approx(np.var(1 / np.sqrt(v[v > 0])), rel=1e-5)
+    rates = 1 / np.sqrt(v[v > 0])
+    assert found.left_out == np.sum(v == 0)
+    assert found.variance == pytest.approx(np.var(rates), rel=1e-5)
+    spread = np.sqrt(np.quantile(rates**-2, 0.95) / np.quantile(rates**-2, 0.05))
+    assert found.spread == pytest.approx(spread, rel=1e-5)
 
 
 def test_an_optimizer_that_has_made_no_step_has_no_adaptive_rates():
     config = gnp_config.default().optimizer
     config.name = "adam"
     state = base_optimizer(config, 1e-3).init(jnp.ones(5))
-    assert variance_of_adaptive_rates(state, config) == (None, 5)
+    assert adaptive_rates(state, config) == (None, None, 5)
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def test_the_measures_of_a_runs_checkpoints(finished):
     assert np.trapezoid(density["density"], density["eigenvalue"]) == pytest.approx(1, abs=1e-4)
     # Four probes of a matrix whose Frobenius norm is about that of the largest eigenvalues
     assert abs(row["trace"] - np.sum(expected)) < 10 * np.linalg.norm(expected)
-    assert row["adaptive_lr_variance"] > 0
+    assert row["adaptive_lr_variance"] > 0 and row["adaptive_lr_spread"] > 1
 
 
 @pytest.mark.slow

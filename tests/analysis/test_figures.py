@@ -61,7 +61,7 @@ SUITABLE = {
     "long_training": seeds(epochs=10.0) + seeds(epochs=100.0),
 }
 MEASURED = (
-    *("adaptive_lr_variance", "hessian_eigenvalues", "spectral_density"),
+    *("adaptive_lr_variance", "adaptive_lr_spread", "hessian_eigenvalues", "spectral_density"),
     *("sam_sharpness", "loss_surface"),
 )
 # What no figure of the catalogue can be drawn from.
@@ -482,7 +482,8 @@ def test_eigenvalues_by_rank_are_those_of_the_last_checkpoint(measured):
 
 
 def test_measures_along_training(measured):
-    for draw, scale in ((figures.sam_sharpness, 1), (figures.adaptive_lr_variance, 10)):
+    draws = figures.sam_sharpness, figures.adaptive_lr_variance, figures.adaptive_lr_spread
+    for draw, scale in zip(draws, (1, 10, 20), strict=True):
         off, zero = lines(draw(measured).axes[0])
         np.testing.assert_array_equal(off.get_xdata(), [0, 5, 10])
         np.testing.assert_allclose(off.get_ydata(), 3 * scale * np.array([1, 2, 3]))

@@ -17,6 +17,7 @@ ROW = {
     **{"trace": 5.0, "trace_error": math.nan},
     "density": {"eigenvalue": [0.0, 1.0, 2.0], "density": [0.5, 0.25, 0.0]},
     **{"sam_sharpness": 0.125, "radius": 0.05, "adaptive_lr_variance": None},
+    "adaptive_lr_spread": 40.0,
     "surface": {"x": [-1.0, 1.0], "y": [-1.0, 0.0, 1.0], "loss": [[1.0, 2.0]] * 3},
     "settings": {"eigenvalues": 2},
 }

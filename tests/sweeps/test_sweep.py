@@ -8,11 +8,13 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import optuna
 import pytest
 
+from gnp import files
 from gnp.errors import UserError
 from gnp.sweeps import progress
 from tests.runs import TINY
@@ -176,6 +178,29 @@ def test_two_sweeps_at_once_are_refused(run):
     run.out.mkdir()
     with lock(run.out), pytest.raises(UserError, match=f"process {os.getpid()} on .*{run.out}"):
         run("--seeds=1")
+
+
+def test_what_a_killed_sweep_has_left_running_is_waited_for(run, capsys):
+    """It ends while the sweep waits, and is not trained again."""
+    assert run("--grid", "lr.base=1e-3", "--config.epochs=1") == 0
+    workdir = run.out / "trials" / "lr.base=0.001,seed=0"
+    result = (workdir / "result.json").read_text()
+    (workdir / "result.json").unlink()
+
+    def end():
+        (workdir / "result.json").write_text(result)
+        held.close()
+
+    with contextlib.ExitStack() as held:
+        held.enter_context(files.lock(workdir))
+        timer = threading.Timer(1.0, end)
+        timer.start()
+        capsys.readouterr()
+        assert run("--grid", "lr.base=1e-3,1e-2", "--config.epochs=1") == 0
+        timer.join()
+    error = capsys.readouterr().err
+    assert error.startswith("other processes train lr.base=0.001,seed=0; waiting for their end\n")
+    assert "started  lr.base=0.01,seed=0" in error and len(run.starts(workdir.name)) == 1
 
 
 def test_side_by_side_each_has_cores_of_its_own(run, monkeypatch):

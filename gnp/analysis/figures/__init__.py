@@ -34,6 +34,7 @@ from gnp.analysis.figures.one_run import (
     weight_norm,
 )
 from gnp.analysis.figures.sharpness import (
+    adaptive_lr_spread,
     adaptive_lr_variance,
     hessian_eigenvalues,
     loss_surface,
@@ -57,6 +58,7 @@ __all__ = [
     "INK",
     "PAPER_FIGURES",
     "PaperFigure",
+    "adaptive_lr_spread",
     "adaptive_lr_variance",
     "dark",
     "decay_factor",

@@ -48,6 +48,11 @@ _ENTRIES = (
         "beside GR paper, Figure 3",
     ),
     (
+        sharpness.adaptive_lr_spread,
+        "Spread of the adaptive learning rate, measured",
+        "beside GR paper, Figure 3",
+    ),
+    (
         gradient_regularization.gradient_norm_by_policy,
         "Gradient norm by warmup policy",
         "GR paper, Figure 4",

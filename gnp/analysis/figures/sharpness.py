@@ -103,6 +103,18 @@ def adaptive_lr_variance(runs: Sequence[Run]) -> Figure:
 
 
 @styled
+def adaptive_lr_spread(runs: Sequence[Run]) -> Figure:
+    """The 95th over the 5th percentile of the adaptive learning rate ψ along training.
+
+    Unlike the variance it is not moved by the few parameters that have no gradient but rounding.
+
+    Raises:
+      UserError: if no run has it.
+    """
+    return _along_training(runs, "adaptive_lr_spread", "95th / 5th percentile of ψ = 1/√v̂")
+
+
+@styled
 def loss_surface(runs: Sequence[Run]) -> Figure:
     """The training loss around the parameters along two random, filter-normalised directions.
 
