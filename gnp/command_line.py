@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from gnp import peers
+from gnp.config import from_json
 from gnp.errors import UserError, unknown
 
 _STORES = {"gs": "gcsfs", "s3": "s3fs"}  # and the package that etils reads each with
@@ -84,6 +86,22 @@ def directory(text: str) -> epath.Path:
         except Exception as error:  # each store's client has its own
             raise UserError(f"{text} cannot be reached: {error!r}") from None
     return path
+
+
+def config_of(workdir: epath.Path) -> ConfigDict:
+    """The configuration of a run, which its checkpoints tell where the file is lost.
+
+    Raises:
+      UserError: if the directory is not that of a run.
+    """
+    path = workdir / "config.json"
+    if not path.is_file() and (workdir / "checkpoints").is_dir():
+        from gnp.training.recovery import recover  # here, since JAX is slow to import
+
+        recover(workdir)
+    if not path.is_file():
+        raise UserError(f"{workdir} is not a work directory: it has no config.json")
+    return from_json(path.read_text(), where=str(path))
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -8,9 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gnp import config as gnp_config
 from gnp import environment
-from gnp.command_line import Parser, directory, run
+from gnp.command_line import Parser, config_of, directory, run
 from gnp.errors import UserError
 
 # The flags of --sharpness, named as the fields of `gnp.analysis.measures.Settings`.
@@ -52,11 +51,8 @@ def main() -> int:
     given = {name: getattr(flags, name) for name in _SETTINGS if getattr(flags, name) is not None}
     if given and not flags.sharpness:
         raise UserError(f"--{next(iter(given))} goes with --sharpness; add it")
-    path = flags.workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{flags.workdir} is not a work directory: it has no config.json")
     environment.set_up()
-    config = gnp_config.from_json(path.read_text(), where=str(path))
+    config = config_of(flags.workdir)
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
     return _sharpness(config, flags, given) if flags.sharpness else _evaluate(config, flags)

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from gnp import config as gnp_config
-from gnp.command_line import Parser, directory, run
+from gnp.command_line import Parser, config_of, directory, run
 from gnp.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,14 +45,11 @@ def main() -> int:
     )
     parser.add_argument("--data_dir", help="where the data set is, if not where the run had it")
     flags = parser.parse_args()
-    path = flags.workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{flags.workdir} is not a work directory: it has no config.json")
     if flags.out.suffix != ".safetensors":
         raise UserError(f"--out={flags.out} does not end in .safetensors, by which timm knows it")
     if not flags.out.parent.is_dir():
         raise UserError(f"--out: there is no directory {flags.out.parent}")
-    config = gnp_config.from_json(path.read_text(), where=str(path))
+    config = config_of(flags.workdir)
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
 

@@ -101,7 +101,7 @@ def main() -> int:
 
 def _is_one_run(directory: epath.Path) -> bool:
     """Whether it is not a folder of runs; what is nothing of the two is told as a run is."""
-    return not directory.is_dir() or (directory / "config.json").is_file()
+    return not directory.is_dir() or runs.is_workdir(directory)
 
 
 if __name__ == "__main__":

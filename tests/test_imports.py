@@ -17,7 +17,7 @@ ALLOWED = {
     "environment": {"memory"},
     "peers": set(),
     "distributed": {"peers"},
-    "command_line": {"peers"},
+    "command_line": {"config", "peers", "training"},
     "transforms": set(),
     "models": set(),
     "data": {"memory"},

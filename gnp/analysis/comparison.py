@@ -54,8 +54,8 @@ class Setting(NamedTuple):
 def find(directories: Sequence[Path]) -> list[Run]:
     """Reads the runs in directories, each a work directory or a folder that holds some.
 
-    A run is a directory with a config.json. What lies inside of one is its own, and hidden
-    folders are not looked into; a run that is found twice counts once.
+    A run is a directory with a config.json, or with checkpoints. What lies inside of one is its
+    own, and hidden folders are not looked into; a run that is found twice counts once.
 
     Args:
       directories: as in ["runs/sweep", "runs/b"].
@@ -96,7 +96,7 @@ def _workdirs(folder: epath.Path) -> Iterator[epath.Path]:
                 f"{folder} has more than {_MAX_FOLDERS:,} folders in it; give the folder of the "
                 "runs alone"
             )
-        if (here / "config.json").is_file():
+        if gnp_runs.is_workdir(here):
             yield here
         elif depth < _MAX_DEPTH:
             try:

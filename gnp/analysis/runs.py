@@ -105,10 +105,17 @@ class Run:
 
 
 def load(directory: str | os.PathLike[str]) -> Run:
-    """Reads the work directory of a run that has ended, is under way or was interrupted."""
+    """Reads the work directory of a run that has ended, is under way or was interrupted.
+
+    If it has nothing but checkpoints, what is read is first made from them.
+    """
     workdir = epath.Path(directory)
     if not workdir.is_dir():
         raise UserError(f"no directory {workdir}; give the work directory of a run")
+    if is_workdir(workdir) and not (workdir / "config.json").exists():
+        from gnp.training.recovery import recover  # here, since Orbax takes a second
+
+        recover(workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} is not the work directory of a run: it has no config.json")
     result = workdir / "result.json"
@@ -118,6 +125,11 @@ def load(directory: str | os.PathLike[str]) -> Run:
         metrics=_read_metrics(workdir / "metrics.jsonl"),
         result=_read_object(result) if result.exists() else None,
     )
+
+
+def is_workdir(directory: epath.Path) -> bool:
+    """Whether a directory is that of a run: it has a configuration, or checkpoints."""
+    return (directory / "config.json").is_file() or (directory / "checkpoints").is_dir()
 
 
 def number(value: Any) -> float:

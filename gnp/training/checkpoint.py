@@ -1,8 +1,9 @@
 """Checkpoints of the train state, written by Orbax, and what tells a damaged one.
 
 A checkpoint is a directory, `checkpoints/<step>`, with Orbax's item "state" and the item "about", a
-JSON object: the format's number, the step, the configuration, and of each array the dtype, the
-shape and a checksum of its values, which does not depend on how it lay on the devices.
+JSON object: the format's number, the step, the configuration, the rows of metrics up to there, and
+of each array the dtype, the shape and a checksum of its values, which does not depend on how it lay
+on the devices.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 FORMAT = 1  # of what is written; all up to it are read
 _MOST_STEPS = 4096  # checkpoints that are looked at
 _MAX_ABOUT = 16_000_000  # bytes of a checkpoint's description
+_MAX_ROWS = 4_000_000  # bytes of the rows in it
 _SHOWN = 5  # differences told of a checkpoint that does not fit
 
 
@@ -133,8 +135,14 @@ class Checkpoints:
                     (self._directory / str(later)).rmtree()
         wait_for_all(f"the checkpoints after {step}")
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """Begins to save; returns when the state's buffers may be donated.
+
+        Args:
+          step: the state's.
+          state: what is saved.
+          rows: those of `metrics.jsonl` so far; of very many those of the split "train" are
+            thinned.
 
         Raises:
           OSError: if this or the save before has failed, as on a full disk; nothing is left of it,
@@ -152,7 +160,7 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # Orbax reads host memory in the background, which is the donated buffers' own.
             state = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
-        about = _about(step, state, self._config)
+        about = _about(step, state, self._config, rows)
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about)}
         self._saving = self._directory / str(step)
         with self._failures():
@@ -359,8 +367,36 @@ def _flush(directory: epath.Path) -> None:
 # --- What a checkpoint tells of itself ----------------------------------------------------------
 
 
-def _about(step: int, state: TrainState, config: Mapping[str, Any]) -> dict[str, Any]:
-    content = {"format": FORMAT, "step": step, "config": config, "arrays": described(state)}
+def newest_description(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """What the newest checkpoint tells of itself that can be read; None if none can.
+
+    It has "step", "config" (nested), "rows" (those of `metrics.jsonl` up to there; none before they
+    were kept) and "arrays": the dtype, shape and checksum of each by its path in the state.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    for step in sorted(_list(directory), reverse=True):
+        try:
+            about = _read_about(directory / str(step))
+        except Exception as error:  # a damaged one raises anything
+            _log.warning("the checkpoint of step %d cannot be read: %s", step, _first_line(error))
+            continue
+        if about["format"] <= FORMAT:
+            return {"rows": [], **about, "step": step}
+    return None
+
+
+def _about(
+    step: int, state: TrainState, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    rows = list(rows)
+    if every := len(json.dumps(rows)) // _MAX_ROWS:
+        rows = [
+            row for i, row in enumerate(rows) if row["split"] != "train" or i % (every + 1) == 0
+        ]
+    content = {
+        **{"format": FORMAT, "step": step, "config": config},
+        **{"rows": rows, "arrays": described(state)},
+    }
     return {"content": content, "crc32c": _crc32c(content)}
 
 
@@ -389,6 +425,7 @@ def _is_about(content: Any) -> bool:
         return False
     return version > FORMAT or (
         isinstance(content["config"], dict)
+        and isinstance(content.get("rows", []), list)
         and isinstance(content["arrays"], dict)
         and all(
             isinstance(x, list)

@@ -32,6 +32,7 @@ from gnp.training.processes import (
     wait_for_all,
 )
 from gnp.training.profile import Profiler
+from gnp.training.recovery import recover
 from gnp.training.state import Report, TrainState, num_params, params_sha256
 from gnp.training.stopping import Interrupted, stop_requests
 from gnp.training.trial import Program, Trial
@@ -129,6 +130,7 @@ def opened(directory: epath.Path, experiment: Experiment) -> Iterator[None]:
     """
     workdir.make(directory)
     with lock(directory):
+        recover(directory)
         workdir.claim(directory, experiment.config)
         workdir.check_data(directory, experiment.source)
         yield

@@ -69,7 +69,7 @@ class Saving:
             failure = error
         if all_true(failure is None):
             try:
-                self._checkpoints.save(step, state)
+                self._checkpoints.save(step, state, self._writer.history)
             except OSError as error:
                 failure = error
         self._saved_at, self._retry_at = time.monotonic(), None

@@ -103,9 +103,10 @@ def check_data(workdir: epath.Path, source: Source | TextSource) -> None:
 
 
 def result(workdir: epath.Path) -> dict[str, Any] | None:
-    """What the run wrote when it ended; None while it has not."""
+    """What the run wrote when it ended; None while it has not, or if that is lost in part."""
     found = _read(workdir / "result.json", otherwise=None)
-    return found if isinstance(found, dict) and "test" in found else None
+    whole = isinstance(found, dict) and "test" in found and not found.get("recovered")
+    return found if whole else None
 
 
 def has_checkpoint(workdir: epath.Path) -> bool:

@@ -12,9 +12,28 @@ Neither scale has been run to its end.
 from reproduction import Sweep, main
 
 ADAM = {"optimizer": "adam", "decay": "decoupled,scheduled"}  # AdamW and AdamS
+SMALL = {
+    "data.train": "train[:20%]",
+    "epochs": 15,
+    "eval.every": "1ep",
+    "checkpoint.every": "5ep",
+    "checkpoint.keep": 1,
+}
+
+
+def small(name: str, kind: str, strength: float) -> Sweep:
+    """One of the small sweeps: a kind of decay and its λ."""
+    config = f"cifar_cnn.py:scale=small,decay={kind}"
+    return Sweep(name, config, fields=SMALL | {"weight_decay.value": strength}, measured=200)
+
+
 SCALES = {
     "paper": [Sweep("runs", "cifar_cnn.py", {"model": "resnet18,vgg16"} | ADAM, measured=50_000)],
-    "small": [Sweep("runs", "cifar_cnn.py:scale=small", ADAM, {"epochs": 6}, measured=500)],
+    "small": [
+        small("adamw", "decoupled", 5.0),
+        small("adams", "scheduled", 5e-3),
+        small("adams_as_strong", "scheduled", 2e-2),
+    ],
 }
 
 if __name__ == "__main__":
