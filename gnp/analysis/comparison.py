@@ -165,8 +165,8 @@ def frame(source: Path | Sequence[Path | Run]) -> "pandas.DataFrame":
       The columns `workdir`, `setting` (its label), the configuration's fields in which the
       settings differ, `seed`, `finished`, `diverged`; the final value of every metric as
       "test/error" (a fraction) or "train/loss", the last logged one where the run has not ended;
-      `steps`, `wall_time` in seconds, `num_params`, and `gradients`, the mean number of gradients
-      that a step has taken. NaN stands where a run has no value.
+      `steps`, `training_time` in seconds, `num_params`, and `gradients`, the mean number of
+      gradients that a step has taken. NaN stands where a run has no value.
 
     Raises:
       UserError: as `find` and `group` do.
@@ -188,7 +188,7 @@ def frame(source: Path | Sequence[Path | Run]) -> "pandas.DataFrame":
             "diverged": has_diverged(run),
             **_metrics(run),
             "steps": _steps(run),
-            "wall_time": number((run.result or {}).get("wall_time")),
+            "training_time": run.training_time,
             "num_params": number((run.result or {}).get("num_params")),
             "gradients": gradients_per_step(run),
         }
@@ -197,7 +197,7 @@ def frame(source: Path | Sequence[Path | Run]) -> "pandas.DataFrame":
     ]
     table = pandas.DataFrame(rows)
     metrics = sorted(name for name in table.columns if "/" in name)
-    first, last = list(table.columns), ["steps", "wall_time", "num_params", "gradients"]
+    first, last = list(table.columns), ["steps", "training_time", "num_params", "gradients"]
     first = [name for name in first if name not in (*metrics, *last)]
     return table[[*first, *metrics, *last]]
 

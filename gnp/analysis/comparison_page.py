@@ -13,7 +13,6 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from gnp.analysis import figures, interactive
-from gnp.analysis import runs as gnp_runs
 from gnp.analysis.comparison import (
     Setting,
     frame,
@@ -206,12 +205,8 @@ def _numbers(settings: Sequence[Setting], overview: Table) -> Iterator[str]:
     yield entry("Seeds a setting", f"{least}" if least == most else f"{least} to {most}")
     runs = [run for setting in settings for run in setting.runs]
     yield entry("Runs", str(len(runs)))
-    seconds = [_seconds(run) for run in runs if math.isfinite(_seconds(run))]
+    seconds = [run.training_time for run in runs if math.isfinite(run.training_time)]
     yield entry("Time of all", duration(sum(seconds)) if seconds else NONE)
-
-
-def _seconds(run: Run) -> float:
-    return gnp_runs.number((run.result or {}).get("wall_time"))
 
 
 def _left_out(runs: Sequence[Run]) -> str:
@@ -257,7 +252,7 @@ def _table_of_runs(settings: Sequence[Setting]) -> Table:
             state = "finished" if has_finished(run) else _progress(run)
             state = "diverged" if has_diverged(run) else state
             seed = str(run.setting("seed"))
-            rows.append((next(names), setting.label, seed, state, final, _seconds(run)))
+            rows.append((next(names), setting.label, seed, state, final, run.training_time))
     columns = (
         *(Column("run"), Column("setting"), Column("seed"), Column("state")),
         *(Column("test error (%) or perplexity", "{:.2f}".format), Column("time", duration)),

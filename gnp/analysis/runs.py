@@ -69,6 +69,16 @@ class Run:
         return values if isinstance(values, dict) else {}
 
     @property
+    def training_time(self) -> float:
+        """The seconds it took, or its share of those of runs that were trained together.
+
+        NaN where it has not ended.
+        """
+        result = self.result or {}
+        together = number(result.get("trained_together", 1))
+        return number(result.get("wall_time")) / together if together >= 1 else math.nan
+
+    @property
     def last(self) -> tuple[int, float]:
         """The step and the epoch of the last row of any split; zeros before the first row."""
         ends = [(columns["step"][-1], columns["epoch"][-1]) for columns in self.metrics.values()]

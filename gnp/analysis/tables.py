@@ -16,7 +16,7 @@ import numpy as np
 from gnp.analysis import published
 from gnp.analysis.comparison import gradients_per_step, group, has_finished, metric, settings_of
 from gnp.analysis.page import duration
-from gnp.analysis.runs import Run, number
+from gnp.analysis.runs import Run
 from gnp.analysis.scores import Cell, Scores, compared, score
 from gnp.analysis.table_formats import Column, Table, legend
 from gnp.errors import UserError
@@ -51,7 +51,7 @@ def compare(runs: Sequence[Run]) -> Table:
         )
         for i, cell in zip(members, judged, strict=True):
             cells[i] = cell
-    times = [_mean_result(setting.runs, "wall_time") for setting in settings]
+    times = [_mean_time(setting.runs) for setting in settings]
     columns: dict[Column, Sequence[Any]] = {
         Column("setting"): [setting.label for setting in settings],
         Column(metric_name(runs)): cells,
@@ -139,9 +139,9 @@ def mean_gradients(runs: Sequence[Run]) -> float:
     return float(np.mean([gradients_per_step(run) for run in ended or runs]))
 
 
-def _mean_result(runs: Iterable[Run], key: str) -> float:
-    """The mean of a value of the results of runs that have ended; NaN where there is none."""
-    values = [number((run.result or {}).get(key)) for run in runs if has_finished(run)]
+def _mean_time(runs: Iterable[Run]) -> float:
+    """The mean of the times of the runs that have ended; NaN where there is none."""
+    values = [run.training_time for run in runs if has_finished(run)]
     return float(np.mean(values)) if values else math.nan
 
 

@@ -76,7 +76,8 @@ def train(
     Returns:
       What `result.json` holds: "train", "test" and what other splits there are (the last values of
       the metrics), "unit" ("image" or "word"), "steps", "skipped" (steps that were left out),
-      "epochs", "wall_time" (seconds), "num_params", "params_sha256", "devices", "command",
+      "epochs", "wall_time" (seconds), "trained_together" (the runs that shared them),
+      "num_params", "params_sha256", "devices", "command",
       "compilations" (of the train step, since the run was last started), and "speed", since then:
       what was learned in a second ("images_per_second"), the FLOPs of the model's arithmetic
       ("flops_per_second", and of a matrix product "device_flops_per_second" if it was measured),
@@ -516,6 +517,7 @@ class Run:
             "skipped": trial.skipped,
             "epochs": experiment.total_steps / experiment.steps_per_epoch,
             "wall_time": trial.wall_time,
+            "trained_together": len(self._trials),
             "unit": unit,
             **trial.writer.last,
             "num_params": num_params(params),

@@ -69,8 +69,10 @@ def _result(
 ) -> dict[str, Any] | None:
     """What the rows tell of the end; None unless this step is the last and has been evaluated."""
     last = {row["split"]: row for row in rows}
-    test = last.get("test", {"step": -1})
-    if test["step"] != step or not abs(test["epoch"] - epochs) < test["epoch"] / step:
+    test = last.get("test")
+    if not step or test is None or test["step"] != step:
+        return None
+    if not abs(test["epoch"] - epochs) < test["epoch"] / step:  # a step, in epochs
         return None
     return {
         "recovered": True,

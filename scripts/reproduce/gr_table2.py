@@ -29,15 +29,7 @@ SCALES = {
             "runs",
             "cifar_vit.py:scale=small",
             {"gr": POLICIES},
-            {
-                "data.train": "train[:10%]",
-                "data.augment": "none",
-                "epochs": 60,
-                "lr.base": 1e-2,
-                "lr.warmup": "20ep",
-                "eval.every": "5ep",
-                "checkpoint.every": "10ep",
-            },
+            {"epochs": 6, "lr.base": 4e-3, "lr.warmup": "3ep"},
         )
     ],
 }

@@ -171,7 +171,7 @@ def test_a_frame_has_a_row_a_run(tmp_path):
     assert list(table.columns) == [
         *("workdir", "setting", "gr.policy", "seed", "finished", "diverged"),
         *("test/error", "test/loss", "train/grad_norm", "train/loss"),
-        *("steps", "wall_time", "num_params", "gradients"),
+        *("steps", "training_time", "num_params", "gradients"),
     ]
     assert list(table["setting"]) == ["gr off", "gr off", "gr zero", "gr zero"]
     assert list(table["seed"]) == [0, 1, 0, 1]
@@ -180,7 +180,7 @@ def test_a_frame_has_a_row_a_run(tmp_path):
     np.testing.assert_allclose(table["test/error"], [0.3, np.nan, 0.25, 0.5])
     np.testing.assert_allclose(table["train/loss"], [1 / 3, np.nan, 0.1, 0.1])
     np.testing.assert_array_equal(table["steps"], [30, 100, 100, 100])
-    np.testing.assert_array_equal(table["wall_time"], [np.nan, 100, 100, 100])
+    np.testing.assert_array_equal(table["training_time"], [np.nan, 100, 100, 100])
     np.testing.assert_allclose(table["gradients"], [1, 1, 1.6, 1.6])  # 40 of 100 steps warm up
     assert table["workdir"].iloc[2] == str(tmp_path / "zero" / "seed-0")
 

@@ -1,12 +1,14 @@
 """Reading work directories."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 from gnp.analysis import runs
 from gnp.errors import UserError
+from tests.analysis import made_runs
 
 CONFIG = {"epochs": 8.0, "lr": {"warmup": "2ep"}, "gr": {"policy": "zero", "warmup": None}}
 ROWS = (
@@ -23,6 +25,17 @@ def make(workdir, config=CONFIG, rows=ROWS, tail="", result=None):
     if result is not None:
         (workdir / "result.json").write_text(json.dumps(result))
     return workdir
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds"), [(None, 100), (4, 25), (0, math.nan), ("x", math.nan)]
+)
+def test_the_time_of_runs_that_were_trained_together_is_shared(tmp_path, count, seconds):
+    made_runs.make(tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    together = {} if count is None else {"trained_together": count}
+    path.write_text(json.dumps(json.loads(path.read_text()) | together))
+    assert runs.load(tmp_path / "run").training_time == pytest.approx(seconds, nan_ok=True)
 
 
 def test_load_reads_columns_of_float64_with_nan_for_null_and_missing(tmp_path):
