@@ -42,9 +42,10 @@ def measure_checkpoints(
 ) -> Iterator[dict[str, Any]]:
     """Measures checkpoints one after another, and appends each to the run's `sharpness.jsonl`.
 
-    What has been measured with the same settings is read from there. In float32, on one device,
-    over the split "train" as in evaluation: no augmentation, no dropout, running statistics, and
-    the cross-entropy without an L2 penalty. All checkpoints see the same random vectors.
+    What has been measured of the same checkpoint with the same settings is read from there. In
+    float32, on one device, over the split "train" as in evaluation: no augmentation, no dropout,
+    running statistics, and the cross-entropy without an L2 penalty. All checkpoints see the same
+    random vectors.
 
     Args:
       config: the run's.
@@ -65,7 +66,14 @@ def measure_checkpoints(
     config.dtype = "float32"
     there, asked = checkpoints.steps(), dataclasses.asdict(settings)
     wanted = sorted(there if steps is None else steps)
-    done = {row["step"]: row for row in measures.load_all(workdir) if row["settings"] == asked}
+    sums = {step: checkpoints.checksum(step) for step in there}
+    done = {
+        row["step"]: row
+        for row in measures.load_all(workdir)
+        # A run that was begun anew has other values at the same step.
+        if row["settings"] == asked
+        and row["checksum"] in (None, sums.get(row["step"], row["checksum"]))
+    }
     if not wanted:
         raise UserError(f"no checkpoint in {workdir}; has the run been started?")
     for step in wanted:
@@ -78,6 +86,7 @@ def measure_checkpoints(
                 measured = _Measured(config, settings, on_pass)
             on_start(step, settings.num_passes)
             row = measured(checkpoints.restore(measured.experiment.abstract_state, step))
+            row["checksum"] = sums[step]
             measures.append(workdir, row)
             done[step] = row
         yield done[step]

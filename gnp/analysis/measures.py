@@ -12,6 +12,7 @@ A line is a JSON object, a row: one checkpoint, measured with one set of setting
 - "adaptive_lr_variance": over the parameters, of 1/√v̂; null if the optimizer has no v̂;
 - "adaptive_lr_spread": likewise, its 95th percentile over its 5th;
 - "surface": null, or {"x": […], "y": […], "loss": [[…]]}, rows of "loss" along y;
+- "checksum": of the checkpoint's values, to know it by; null where older versions measured it;
 - "settings": those of `Settings`.
 
 What is not finite, or was not asked for, is null, or an empty list.
@@ -204,6 +205,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     if len(lists["eigenvalues"]) != len(lists["eigenvalue_errors"]):  # type: ignore[arg-type]
         return None
+    checksum = row.get("checksum")
     rates = {name: row.get(name) for name in ("adaptive_lr_variance", "adaptive_lr_spread")}
     return {
         **{"step": step, "epoch": epoch, "split": row["split"], "num_examples": examples},
@@ -211,6 +213,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
         **lists,
         **{name: None if x is None else number(x) for name, x in rates.items()},
         **{"density": curve, "surface": plane, "settings": row["settings"]},
+        "checksum": checksum if type(checksum) is int else None,
     }
 
 

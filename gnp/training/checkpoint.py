@@ -84,6 +84,13 @@ class Checkpoints:
         """The steps of the checkpoints, the newest first, as the first process sees them."""
         return sorted(_of_main(_list(self._directory) if is_main() else []), reverse=True)
 
+    def checksum(self, step: int) -> int | None:
+        """A checksum of all values of a checkpoint; None if there is none that can be read."""
+        try:
+            return _crc32c(_read_about(self._directory / str(step))["arrays"])
+        except Exception:  # a damaged one raises anything; `restore` tells of it
+            return None
+
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """Reads the checkpoint of `step`, by default the newest one that is not damaged.
 

@@ -278,6 +278,14 @@ def test_the_command_line_measures_what_has_not_been_measured(finished, tmp_path
     assert again[0]["radius"] == 0.1 and again[0]["eigenvalues"] == row["eigenvalues"]
     assert [r["radius"] for r in measures.load_all(workdir)] == [0.05, 0.05, 0.1]
 
+    # A run that was begun anew in the same directory
+    path = workdir / "sharpness.jsonl"
+    path.write_text(
+        path.read_text().replace(f'"checksum": {again[0]["checksum"]}', '"checksum": 1')
+    )
+    [anew] = measure_checkpoints(make_config(), workdir, other, steps=[10])
+    assert anew == again[0] and len(measures.load_all(workdir)) == 4
+
 
 @pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_has_a_row_without_numbers(finished, tmp_path):

@@ -20,6 +20,7 @@ ROW = {
     "adaptive_lr_spread": 40.0,
     "surface": {"x": [-1.0, 1.0], "y": [-1.0, 0.0, 1.0], "loss": [[1.0, 2.0]] * 3},
     "settings": {"eigenvalues": 2},
+    "checksum": 123,
 }
 
 
