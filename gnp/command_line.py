@@ -27,11 +27,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._arguments: Sequence[str] | None = None
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UserError` in place of printing the usage."""
         if "are required" in message or "unrecognized" in message:  # a flag may be mistyped
-            for flag in (argument.partition("=")[0] for argument in sys.argv[1:]):
+            arguments = sys.argv[1:] if self._arguments is None else self._arguments
+            for flag in (argument.partition("=")[0] for argument in arguments):
                 is_flag = flag.startswith("--") and not flag.startswith("--config.")
                 if is_flag and flag not in self._option_string_actions:
                     raise self._unknown(flag)
@@ -51,6 +53,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
           UserError: for any other flag, and for a field without a value.
         """
+        self._arguments = arguments
         flags, rest = self.parse_known_args(arguments)
         pairs = []
         for argument in rest:

@@ -119,14 +119,14 @@ def is_locked(directory: epath.Path | pathlib.Path) -> bool:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # nobody has ever held it
+    except OSError:  # there is no such lock, or none on this file system
         return False
     return False
 
 
 def _take(file: IO[bytes], directory: epath.Path | pathlib.Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(file)
     except BlockingIOError:
         raise UserError(
             f"{_holder(file, directory)}; wait for its end, or choose another --workdir"
@@ -137,6 +137,16 @@ def _take(file: IO[bytes], directory: epath.Path | pathlib.Path) -> None:
         _warn_of_no_locks(directory)
     else:
         _sign(file)
+
+
+def _flock(file: IO[bytes]) -> None:
+    """Takes a lock; another process may hold it for a moment, in `is_locked`."""
+    for _ in range(5):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # The open lock files. A child that is forked has them too, and would keep the directories locked

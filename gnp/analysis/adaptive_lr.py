@@ -174,7 +174,7 @@ def measured_variance(nu: Any, count: int | jax.Array, b2: float) -> float:
     Returns:
       The population variance; NaN where no entry is left, or where one is NaN.
     """
-    entries = _positive(nu)
+    entries = _nonzero(nu)
     if not entries.size:
         return math.nan
     return float(np.var(np.sqrt((1 - b2 ** int(count)) / entries)))
@@ -194,14 +194,14 @@ def measured_spread(nu: Any) -> float:
     Returns:
       At least 1; NaN where no entry is left, or where one is NaN.
     """
-    entries = _positive(nu)
+    entries = _nonzero(nu)
     if not entries.size:
         return math.nan
     low, high = np.quantile(entries, (0.05, 0.95))
     return float(np.sqrt(high / low))
 
 
-def _positive(nu: Any) -> np.ndarray:
+def _nonzero(nu: Any) -> np.ndarray:
     """The entries of all leaves that are not 0, in float64."""
     leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(nu)]
     entries = np.concatenate([np.empty(0), *leaves])

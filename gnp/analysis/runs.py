@@ -72,7 +72,8 @@ class Run:
     def training_time(self) -> float:
         """The seconds it took, or its share of those of runs that were trained together.
 
-        NaN where it has not ended.
+        It is known how many they were when the run ended; if it was begun among others, or alone,
+        that is not told. NaN where it has not ended.
         """
         result = self.result or {}
         together = number(result.get("trained_together", 1))
@@ -117,12 +118,13 @@ class Run:
 def load(directory: str | os.PathLike[str]) -> Run:
     """Reads the work directory of a run that has ended, is under way or was interrupted.
 
-    If it has nothing but checkpoints, what is read is first made from them.
+    What it has lost is first made from its checkpoints.
     """
     workdir = epath.Path(directory)
     if not workdir.is_dir():
         raise UserError(f"no directory {workdir}; give the work directory of a run")
-    if is_workdir(workdir) and not (workdir / "config.json").exists():
+    names = ("config.json", "metrics.jsonl")
+    if is_workdir(workdir) and not all((workdir / name).exists() for name in names):
         from gnp.training.recovery import recover  # here, since Orbax takes a second
 
         recover(workdir)
@@ -139,7 +141,13 @@ def load(directory: str | os.PathLike[str]) -> Run:
 
 def is_workdir(directory: epath.Path) -> bool:
     """Whether a directory is that of a run: it has a configuration, or checkpoints."""
-    return (directory / "config.json").is_file() or (directory / "checkpoints").is_dir()
+    if (directory / "config.json").is_file():
+        return True
+    try:
+        steps = list((directory / "checkpoints").iterdir())
+    except OSError:
+        return False
+    return any(step.name.isdecimal() and (step / "about" / "metadata").exists() for step in steps)
 
 
 def number(value: Any) -> float:

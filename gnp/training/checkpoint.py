@@ -1,11 +1,12 @@
 """Checkpoints of the train state, written by Orbax, and what tells a damaged one.
 
 A checkpoint is a directory, `checkpoints/<step>`, with Orbax's item "state" and the item "about", a
-JSON object: the format's number, the step, the configuration, the rows of metrics up to there, and
+JSON object: the format's number, the step, the configuration, the rows of metrics so far, and
 of each array the dtype, the shape and a checksum of its values, which does not depend on how it lay
 on the devices.
 """
 
+import collections
 import contextlib
 import functools
 import json
@@ -47,7 +48,8 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      config: the configuration, nested: noted, and compared where a checkpoint does not fit.
+      config: the configuration, nested: compared where a checkpoint does not fit.
+      noted: all of it, for who has nothing but the checkpoints; by default the same.
       keep: how many of the newest are kept; None to read only.
 
     Attributes:
@@ -59,6 +61,7 @@ class Checkpoints:
         workdir: epath.PathLike,
         *,
         config: Mapping[str, Any] | None = None,
+        noted: Mapping[str, Any] | None = None,
         keep: int | None = None,
     ):
         workdir = epath.Path(workdir)
@@ -66,6 +69,7 @@ class Checkpoints:
             workdir = workdir.resolve()
         self._workdir, self._directory = workdir, workdir / "checkpoints"
         self._config, self._keep = config or {}, keep
+        self._noted = self._config if noted is None else noted
         self.best_step: int | None = None
         if keep is None:
             return
@@ -148,8 +152,7 @@ class Checkpoints:
         Args:
           step: the state's.
           state: what is saved.
-          rows: those of `metrics.jsonl` so far; of very many those of the split "train" are
-            thinned.
+          rows: those of `metrics.jsonl` so far; very many are thinned.
 
         Raises:
           OSError: if this or the save before has failed, as on a full disk; nothing is left of it,
@@ -167,7 +170,7 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # Orbax reads host memory in the background, which is the donated buffers' own.
             state = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
-        about = _about(step, state, self._config, rows)
+        about = _about(step, state, self._config, self._noted, rows)
         items = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about)}
         self._saving = self._directory / str(step)
         with self._failures():
@@ -377,8 +380,9 @@ def _flush(directory: epath.Path) -> None:
 def newest_description(workdir: epath.PathLike) -> dict[str, Any] | None:
     """What the newest checkpoint tells of itself that can be read; None if none can.
 
-    It has "step", "config" (nested), "rows" (those of `metrics.jsonl` up to there; none before they
-    were kept) and "arrays": the dtype, shape and checksum of each by its path in the state.
+    It has "step", "config" (what of it decides results, nested), "whole_config" (all of it), "rows"
+    (those of `metrics.jsonl` when it was saved) and "arrays": the dtype, shape and checksum of each
+    by its path in the state. Older versions had neither rows nor the whole configuration.
     """
     directory = epath.Path(workdir) / "checkpoints"
     for step in sorted(_list(directory), reverse=True):
@@ -388,21 +392,35 @@ def newest_description(workdir: epath.PathLike) -> dict[str, Any] | None:
             _log.warning("the checkpoint of step %d cannot be read: %s", step, _first_line(error))
             continue
         if about["format"] <= FORMAT:
-            return {"rows": [], **about, "step": step}
+            return {"rows": [], "whole_config": about["config"], **about, "step": step}
     return None
 
 
+def _thinned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of each split every so-manieth row and the last, so that they fit into a description."""
+    every = len(json.dumps(rows)) // _MAX_ROWS + 1
+    if every == 1:
+        return list(rows)
+    last = {row["split"]: row for row in rows}
+    seen: collections.Counter[str] = collections.Counter()
+    kept = []
+    for row in rows:
+        if seen[row["split"]] % every == 0 or row is last[row["split"]]:
+            kept.append(row)
+        seen[row["split"]] += 1
+    return kept
+
+
 def _about(
-    step: int, state: TrainState, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    step: int,
+    state: TrainState,
+    config: Mapping[str, Any],
+    noted: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    rows = list(rows)
-    if every := len(json.dumps(rows)) // _MAX_ROWS:
-        rows = [
-            row for i, row in enumerate(rows) if row["split"] != "train" or i % (every + 1) == 0
-        ]
     content = {
-        **{"format": FORMAT, "step": step, "config": config},
-        **{"rows": rows, "arrays": described(state)},
+        **{"format": FORMAT, "step": step, "config": config, "whole_config": noted},
+        **{"rows": _thinned(rows), "arrays": described(state)},
     }
     return {"content": content, "crc32c": _crc32c(content)}
 
@@ -433,6 +451,7 @@ def _is_about(content: Any) -> bool:
     return version > FORMAT or (
         isinstance(content["config"], dict)
         and isinstance(content.get("rows", []), list)
+        and isinstance(content.get("whole_config", {}), dict)
         and isinstance(content["arrays"], dict)
         and all(
             isinstance(x, list)

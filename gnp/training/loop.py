@@ -131,7 +131,7 @@ def opened(directory: epath.Path, experiment: Experiment) -> Iterator[None]:
     """
     workdir.make(directory)
     with lock(directory):
-        recover(directory)
+        recover(directory, held=True)
         workdir.claim(directory, experiment.config)
         workdir.check_data(directory, experiment.source)
         yield

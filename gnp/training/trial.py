@@ -48,7 +48,10 @@ class Trial:
         self._on_row = on_row or (lambda row: None)
         config = experiment.config
         self.checkpoints = Checkpoints(
-            directory, config=workdir.essential(config), keep=config.checkpoint.keep
+            directory,
+            config=workdir.essential(config),
+            noted=config.to_dict(),
+            keep=config.checkpoint.keep,
         )
         self.skipped = 0
         self.failure: UserError | None = None

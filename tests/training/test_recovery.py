@@ -7,7 +7,9 @@ import pytest
 
 from gnp.analysis import figures, runs
 from gnp.analysis.comparison import find
+from gnp.command_line import config_of
 from gnp.errors import UserError
+from gnp.files import lock
 from gnp.training import checkpoint, train
 from gnp.training.recovery import recover
 from tests.training.test_loop import make_config
@@ -96,11 +98,50 @@ def test_what_is_there_stays(finished):
     assert before == {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
 
 
-def test_very_many_rows_of_training_are_thinned(finished, monkeypatch):
-    """The evaluations are kept."""
-    rows = checkpoint.newest_description(finished)["rows"]
-    monkeypatch.setattr(checkpoint, "_MAX_ROWS", len(json.dumps(rows)) // 2)
-    kept = checkpoint._about(29, {}, {}, rows)["content"]["rows"]
-    tests = [row for row in rows if row["split"] == "test"]
-    assert [row for row in kept if row["split"] == "test"] == tests
-    assert len(rows) == 9 and len(tests) < len(kept) < len(rows)
+@pytest.mark.parametrize(
+    "splits",
+    [["train", "test"], ["train", "validation", "test"], ["test", "test", "train"], ["test"]],
+)
+@pytest.mark.parametrize("times", [0.5, 1.5, 2.5, 40])
+def test_very_many_rows_are_thinned_to_fit(splits, times, monkeypatch):
+    """Of each split as many as of the others, and the last, whatever their order."""
+    rows = [{"split": splits[i % len(splits)], "step": i, "loss": 0.125} for i in range(1200)]
+    limit = int(len(json.dumps(rows)) / times)
+    monkeypatch.setattr(checkpoint, "_MAX_ROWS", limit)
+    kept = checkpoint._thinned(rows)
+    if times < 1:
+        assert kept == rows
+    assert len(json.dumps(kept)) <= limit * 1.1  # the last of each split come on top
+    for split in {*splits}:
+        there = [row["step"] for row in rows if row["split"] == split]
+        here = [row["step"] for row in kept if row["split"] == split]
+        assert here[0] == there[0] and here[-1] == there[-1]
+        assert len(here) == pytest.approx(len(there) / (int(times) + 1), abs=2)
+
+
+def test_the_whole_configuration_comes_back(finished, only_checkpoints):
+    assert json.loads(config_of(only_checkpoints).to_json()) == json_of(finished / "config.json")
+
+
+def test_a_run_one_step_before_its_end_has_no_result(tmp_path):
+    """29 steps of 2 epochs of 14.37: the 28th is less than a step from the end."""
+    train(make_config(eval__every="1ep", checkpoint__every="1ep"), tmp_path)
+    for name in ("config.json", "metrics.jsonl", "result.json"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "29")
+    run = runs.load(tmp_path)
+    assert run.last[0] == 28 and run.result is None
+
+
+def test_what_only_looks_like_a_run_is_passed_over(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "checkpoints" / "run")
+    (tmp_path / "other" / "checkpoints" / "7").mkdir(parents=True)
+    assert [run.workdir.name for run in find([tmp_path])] == ["run"]
+
+
+def test_a_directory_in_which_a_process_trains_is_left_alone(only_checkpoints):
+    with lock(only_checkpoints):
+        recover(only_checkpoints)
+    assert [path.name for path in only_checkpoints.iterdir() if path.name != ".lock"] == [
+        "checkpoints"
+    ]
