@@ -10,6 +10,7 @@ import pytest
 from matplotlib.text import Text
 
 from gnp.analysis import comparison, figures
+from gnp.analysis.figures import many_runs
 from gnp.errors import UserError
 from tests.analysis.runs_in_memory import made_run, measured_run
 
@@ -524,3 +525,15 @@ def test_runs_that_were_not_measured_say_how_to(tmp_path):
     for name in MEASURED:
         with pytest.raises(UserError, match=r"gnp\.evaluate .*--sharpness"):
             figures.PAPER_FIGURES[name].draw([made_run(workdir=tmp_path)])
+
+
+@pytest.mark.parametrize(("last", "count"), [(10.02, 10), (10.6, 11)])
+def test_a_row_over_the_few_steps_that_were_left_is_no_point_of_a_curve(last, count):
+    """Of 10 rows an epoch apart and one more: of its loss, while the evaluation keeps it."""
+    run = made_run()
+    for columns in run.metrics.values():
+        for key, values in columns.items():
+            columns[key] = np.append(values, last if key == "epoch" else 7.0)
+    (setting,) = comparison.group([run])
+    assert len(many_runs.curve(setting, "train", "loss").epochs) == count
+    assert len(many_runs.curve(setting, "test", "loss").epochs) == 11

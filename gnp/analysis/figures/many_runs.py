@@ -56,6 +56,10 @@ def curve(setting: Setting, split: str, key: str, scale: float = 1.0) -> Curve:
             f"the runs of {setting.label!r} have no evaluated epoch in common; "
             "compare runs that were evaluated alike"
         )
+    if split == "train" and len(epochs) > 2:
+        last, before = np.diff(epochs)[:-3:-1]
+        if last < before / 2:  # the mean of the few steps that were left, and as noisy
+            epochs = epochs[:-1]
     values = scale * np.array([[each[x] for x in epochs] for each in curves])
     values[~np.isfinite(values)] = np.nan
     if split == "train" and key in NOISY and len(epochs) > 120:
