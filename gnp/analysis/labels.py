@@ -20,19 +20,24 @@ _NAMES = {
 }
 ORDER = tuple(_NAMES)  # in which labels tell them, others after these
 _WITHOUT = {"lr.warmup": "no warmup", "weight_decay.kind": "no decay"}
-# What labels always tell where it differs.
-_METHOD = ("model.name", "data.name", "optimizer.name", "gr.policy", "weight_decay.kind")
+# What labels always tell where it differs, and what else follows from them in recipes: from the
+# first two the length of a run, from three the learning rate, and so on.
+_METHOD = ("model.name", "data.name", "optimizer.name", "weight_decay.kind", "gr.policy")
+_CAUSES = {"epochs": 2, "weight_decay": 4, "gr": 5}  # how many of the method; 3 for others
 
 
 def labels(settings: Sequence[dict[str, Any]]) -> list[str]:
     """A label for each setting, all different.
 
-    Fields that follow from the model, the data set and the method are left out, as in recipes that
-    have an own batch size for each; so are fields that have no effect on a setting.
+    Fields that follow from the model, the data set and the optimizer are left out, as in recipes
+    that have an own batch size for each, those of a method that follow from it too; so are fields
+    that have no effect on a setting. Nothing that differs between two policies of gradient
+    regularization, or lengths of training of one model, is left out.
     """
-    methods = [repr([values.get(name) for name in _METHOD]) for values in settings]
 
     def follows(name: str) -> bool:
+        causes = _METHOD[: _CAUSES.get(name.split(".")[0], 3)]
+        methods = [repr([values.get(cause) for cause in causes]) for values in settings]
         pairs = {(method, repr(x[name])) for method, x in zip(methods, settings, strict=True)}
         return name not in _METHOD and len(pairs) == len(set(methods))
 

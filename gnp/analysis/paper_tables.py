@@ -8,8 +8,8 @@ for the learning rate, it shows the one with the lowest mean, and says so.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gnp.analysis.comparison import text
-from gnp.analysis.pivot import DATA, METHODS, POLICIES, Fact, Place, facts_of, pivot, rank
+from gnp.analysis.labels import text
+from gnp.analysis.pivot import METHODS, POLICIES, Fact, Place, facts_of, pivot, rank, task_rank
 from gnp.analysis.runs import Run
 from gnp.analysis.table_formats import Table
 from gnp.errors import UserError
@@ -35,14 +35,14 @@ def gr_table_1(runs: Sequence[Run]) -> Table:
         "gr_table_1",
         "GR Table 1: with and without GR, with and without warmup of the learning rate",
         ("model", "optimizer", "warmup"),
-        [fact for fact in facts if (fact.model, fact.optimizer, fact.data, fact.warms) in both],
+        [fact for fact in facts if (fact.model, fact.optimizer, fact.task, fact.warms) in both],
         lambda fact: Place(
             (fact.model, fact.optimizer, "yes" if fact.warms else "no"),
-            f"{fact.data}, {POLICIES[fact.policy]}",
-            (fact.model, fact.optimizer, fact.warms, fact.data),
+            f"{fact.task}, {POLICIES[fact.policy]}",
+            (fact.model, fact.optimizer, fact.warms, fact.task),
             fact.policy == "off",
         ),
-        lambda fact: (rank(fact.data, DATA.values()), rank(fact.policy, POLICIES)),
+        lambda fact: (task_rank(fact), rank(fact.policy, POLICIES)),
         "GR 1",
         baseline="that without GR",
     )
@@ -93,8 +93,8 @@ def swd_table_1(runs: Sequence[Run]) -> Table:
       UserError: if no model has runs of AdamS and of another of its optimizers.
     """
     facts = [fact for fact in facts_of(runs) if fact.policy == "off" and fact.optimizer in METHODS]
-    with_adams = {(fact.model, fact.data) for fact in facts if fact.optimizer == "AdamS"}
-    facts = [fact for fact in facts if (fact.model, fact.data) in with_adams]
+    with_adams = {(fact.model, fact.task) for fact in facts if fact.optimizer == "AdamS"}
+    facts = [fact for fact in facts if (fact.model, fact.task) in with_adams]
     if {fact.optimizer for fact in facts} <= {"AdamS"}:
         raise UserError(
             "SWD Table 1 needs runs without GR of AdamS (optimizer.name adam, weight_decay.kind "
@@ -105,11 +105,11 @@ def swd_table_1(runs: Sequence[Run]) -> Table:
         "swd_table_1",
         "SWD Table 1: optimizers",
         ("data set", "model"),
-        sorted(facts, key=lambda fact: rank(fact.data, DATA.values())),
+        sorted(facts, key=task_rank),
         lambda fact: Place(
-            (fact.data, fact.model),
+            (fact.task, fact.model),
             fact.optimizer,
-            (fact.data, fact.model),
+            (fact.task, fact.model),
             fact.optimizer == "AdamW",
         ),
         lambda fact: rank(fact.optimizer, METHODS),
@@ -127,8 +127,8 @@ def weight_decay_study(runs: Sequence[Run]) -> Table:
     facts = [fact for fact in facts_of(runs) if fact.decay > 0 and fact.policy == "off"]
     decays: dict[tuple[str, ...], set[float]] = {}
     for fact in facts:
-        decays.setdefault((fact.model, fact.data, fact.optimizer), set()).add(fact.decay)
-    facts = [fact for fact in facts if len(decays[fact.model, fact.data, fact.optimizer]) > 1]
+        decays.setdefault((fact.model, fact.task, fact.optimizer), set()).add(fact.decay)
+    facts = [fact for fact in facts if len(decays[fact.model, fact.task, fact.optimizer]) > 1]
     if not facts:
         raise UserError(
             "the study of λ needs runs without GR of two or more weight_decay.value, of one model, "
@@ -138,15 +138,16 @@ def weight_decay_study(runs: Sequence[Run]) -> Table:
         "weight_decay_study",
         "Error against weight decay λ",
         ("data set", "model", "optimizer"),
-        sorted(facts, key=lambda fact: rank(fact.data, DATA.values())),
+        sorted(facts, key=task_rank),
         lambda fact: Place(
-            (fact.data, fact.model, fact.optimizer),
+            (fact.task, fact.model, fact.optimizer),
             f"λ = {text(fact.decay)}",
-            (fact.data, fact.model, fact.optimizer),
+            (fact.task, fact.model, fact.optimizer),
             False,
         ),
         lambda fact: fact.decay,
         "SWD 1",
+        axis="weight_decay.value",
     )
 
 
@@ -171,7 +172,7 @@ PAPER_TABLES = {
 
 def _keys(facts: Sequence[Fact], policy: str) -> set[tuple[str, str, str, bool]]:
     """The models, optimizers, data sets and warmups that have a policy."""
-    return {(f.model, f.optimizer, f.data, f.warms) for f in facts if f.policy == policy}
+    return {(f.model, f.optimizer, f.task, f.warms) for f in facts if f.policy == policy}
 
 
 def _policies(name: str, title: str, facts: Sequence[Fact], which: str, table: str) -> Table:
@@ -188,14 +189,14 @@ def _policies(name: str, title: str, facts: Sequence[Fact], which: str, table: s
         name,
         title,
         ("model", "optimizer", "policy"),
-        [fact for fact in facts if (fact.model, fact.optimizer, fact.data, True) in both],
+        [fact for fact in facts if (fact.model, fact.optimizer, fact.task, True) in both],
         lambda fact: Place(
             (fact.model, fact.optimizer, POLICIES[fact.policy]),
-            fact.data,
-            (fact.model, fact.optimizer, fact.data),
+            fact.task,
+            (fact.model, fact.optimizer, fact.task),
             fact.policy == "off",
         ),
-        lambda fact: rank(fact.data, DATA.values()),
+        task_rank,
         table,
         baseline="that without GR",
         cost=True,

@@ -3,14 +3,14 @@
 `facts` reads from a setting what the papers' tables tell apart, `pivot` lays settings out.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gnp.analysis import published
-from gnp.analysis.comparison import Setting, group, settings_of, text
+from gnp.analysis.comparison import Setting, group, settings_of
+from gnp.analysis.labels import text
 from gnp.analysis.runs import Run, number
-from gnp.analysis.scores import Cell, Scores, compared, score
+from gnp.analysis.scores import Cell, Scores, compared, preference, score
 from gnp.analysis.table_formats import Column, Table, legend
 from gnp.analysis.tables import mean_gradients, metric_name
 
@@ -34,6 +34,8 @@ POLICIES = {
 METHODS = ("AdamS", "SGD", "Adam", "AMSGrad", "AdamW", "AdaBound", "Padam", "Yogi", "RAdam")
 # What may be set of a model and leave its size.
 _SAME_SIZE = ("model.name", "model.scan", "model.remat", "model.pretrained")
+# What the tables tell themselves.
+_TOLD = ("model.", "data.name", "gr.policy", "optimizer.", "weight_decay.kind", "lr.warmup", "seed")
 
 
 class Fact(NamedTuple):
@@ -44,10 +46,16 @@ class Fact(NamedTuple):
     family: str  # "vit", "swin", …
     model: str
     data: str
+    length: str  # ", 200 epochs", where those of the model on the data set differ
     optimizer: str
     policy: str
     warms: bool  # the learning rate
     decay: float  # λ
+
+    @property
+    def task(self) -> str:
+        """What it is trained on, and for how long where that differs."""
+        return self.data + self.length
 
 
 class Place(NamedTuple):
@@ -69,9 +77,18 @@ class Place(NamedTuple):
 def facts_of(runs: Sequence[Run]) -> list[Fact]:
     """The settings of runs, ordered as the papers' tables."""
     facts = []
-    for setting in group(runs):
+    settings = group(runs)
+    lengths: dict[tuple[str, str], set[float]] = {}
+    for setting in settings:
+        run = setting.runs[0]
+        key = _model(run), str(run.setting("data.name"))
+        lengths.setdefault(key, set()).add(number(run.setting("epochs")))
+    for setting in settings:
         run = setting.runs[0]
         name, data = str(run.setting("model.name")), str(run.setting("data.name"))
+        # Longer training is no merit of a policy or an optimizer.
+        several = len(lengths[_model(run), data]) > 1
+        length = f", {text(run.setting('epochs'))} epochs" if several else ""
         method = published.method(run)
         facts.append(
             Fact(
@@ -80,6 +97,7 @@ def facts_of(runs: Sequence[Run]) -> list[Fact]:
                 name.split("_")[0],
                 _model(run),
                 DATA.get(data, data),
+                length,
                 method,
                 run.setting("gr.policy") or "off",
                 published.has_warmup(run),
@@ -102,6 +120,11 @@ def rank(name: str, order: Iterable[str]) -> tuple[int, str]:
     """A key that sorts names in an order, those that it lacks last."""
     names = list(dict.fromkeys(order))
     return (names.index(name), "") if name in names else (len(names), name)
+
+
+def task_rank(fact: Fact) -> tuple[Any, ...]:
+    """A key that sorts by the data set, in the papers' order, and the length of training."""
+    return rank(fact.data, DATA.values()), number(fact.setting.runs[0].setting("epochs"))
 
 
 def _model(run: Run) -> str:
@@ -127,6 +150,7 @@ def pivot(
     table: str,
     *,
     baseline: str = "",
+    axis: str = "",
     cost: bool = False,
 ) -> Table:
     """Settings in rows and columns, each compared with its rivals.
@@ -140,13 +164,14 @@ def pivot(
       order: the key that columns are sorted by.
       table: the published table whose figures stand beside ours.
       baseline: what `Place.is_baseline` marks, in words.
+      axis: another field that columns or rows tell.
       cost: whether a last column has the gradients a step.
     """
     places: dict[tuple[tuple[str, ...], str], list[Fact]] = {}
     for fact in facts:
         places.setdefault(place(fact)[:2], []).append(fact)
     chosen = {
-        key: min(members, key=lambda fact: (math.isnan(fact.scores.mean), fact.scores.mean))
+        key: min(members, key=lambda fact: preference(fact.scores))
         for key, members in places.items()
     }
     rivals: dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]] = {}
@@ -182,9 +207,23 @@ def pivot(
             f"In some places there are up to {searched} settings, of which the one with the lowest "
             "mean test error is shown, which is a choice made on the test set."
         )
+    others = {name for keys in rivals.values() for name in _others([chosen[key] for key in keys])}
+    others.discard(axis)
+    if others:
+        caption.append(f"What is compared differs in {', '.join(sorted(others))} too.")
     last = (Column("gradients a step", "{:.2f}".format),) if cost else ()
     all_columns = (*map(Column, (*heads, *columns)), *last)
     return Table(name, title, " ".join(caption), all_columns, tuple(rows))
+
+
+def _others(facts: Sequence[Fact]) -> Iterator[str]:
+    """The fields that rivals differ in beside those that a table tells."""
+    with_gr = [fact for fact in facts if fact.policy != "off"]
+    for name in settings_of(facts[0].setting.runs[0]):
+        if not name.startswith(_TOLD):
+            members = with_gr if name.startswith("gr.") else facts
+            if len({repr(settings_of(fact.setting.runs[0])[name]) for fact in members}) > 1:
+                yield name
 
 
 def _published(run: Run, table: str) -> published.Published | None:

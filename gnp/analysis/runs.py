@@ -80,6 +80,19 @@ class Run:
         return number(result.get("wall_time")) / together if together >= 1 else math.nan
 
     @property
+    def speed(self) -> float:
+        """Images or tokens a second, of the steps alone; NaN where it has not been measured.
+
+        Compiling, evaluation and checkpoints are not in it, nor what came before the last start.
+        Of runs that were trained together it is that of all.
+        """
+        result = self.result or {}
+        speed, together = result.get("speed"), number(result.get("trained_together", 1))
+        if not isinstance(speed, dict):
+            return math.nan
+        return number(speed.get(f"{result.get('unit')}s_per_second")) * together
+
+    @property
     def last(self) -> tuple[int, float]:
         """The step and the epoch of the last row of any split; zeros before the first row."""
         ends = [(columns["step"][-1], columns["epoch"][-1]) for columns in self.metrics.values()]

@@ -1,7 +1,6 @@
 """The test metric of a setting over its seeds, and which differences between settings count."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -44,12 +43,18 @@ class Scores(NamedTuple):
         """How many seeds there are."""
         return len(self.values)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its runs came to a value, so that its mean lacks none."""
+        return self.n > 0 and not self.diverged and not self.unfinished
+
 
 class Paired(NamedTuple):
     """A paired t-test on the seeds that two settings share.
 
     Attributes:
-      p: its two-sided p-value; None with fewer than `LEAST_PAIRS` pairs.
+      p: its two-sided p-value; None with fewer than `LEAST_PAIRS` pairs, and where all differ by
+        the same, of which the t-test would be certain without knowing the noise.
       pairs: how many seeds they share.
     """
 
@@ -101,6 +106,11 @@ def score(runs: Sequence[Run]) -> Scores:
     return Scores(means, diverged, unfinished)
 
 
+def preference(scores: Scores) -> tuple[bool, float]:
+    """A key that sorts first what to show of several settings: a whole one, of the lowest mean."""
+    return not scores.is_whole, scores.mean if scores.n else math.inf
+
+
 def paired(one: Scores, other: Scores) -> Paired:
     """The two-sided paired t-test of the difference, `scipy.stats.ttest_rel`."""
     seeds = [seed for seed in one.values if seed in other.values]
@@ -109,12 +119,12 @@ def paired(one: Scores, other: Scores) -> Paired:
     a, b = (np.array([scores.values[seed] for seed in seeds]) for scores in (one, other))
     if (a == b).all():  # 0/0 in the statistic; there is no difference
         return Paired(1.0, len(seeds))
+    if np.ptp(a - b) <= 1e-9 * np.abs([a, b]).max():  # as of one test image more on each seed
+        return Paired(None, len(seeds))
 
     from scipy import stats  # slow to load
 
-    with warnings.catch_warnings():  # of differences that are the same for all seeds
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return Paired(float(stats.ttest_rel(a, b).pvalue), len(seeds))
+    return Paired(float(stats.ttest_rel(a, b).pvalue), len(seeds))
 
 
 def compared(
@@ -125,14 +135,19 @@ def compared(
     """Compares settings with the best of them and each with its baseline.
 
     The best has the lowest mean; there is none among fewer than two settings with a mean. One of
-    which a run diverged is never the best: the mean of those that did not is too good.
+    which a run diverged is never the best: the mean of those that did not is too good. Nor is one
+    of which runs have not ended, if another has more seeds.
 
     Args:
       scores: those of the settings.
       baselines: for each the index of its baseline, itself or None.
       published: for each the paper's figure.
     """
-    means = [each.mean if not each.diverged else math.nan for each in scores]
+    most = max((each.n for each in scores), default=0)
+    means = [
+        math.nan if each.diverged or (each.unfinished and each.n < most) else each.mean
+        for each in scores
+    ]
     best = None
     if sum(each.n > 0 for each in scores) > 1 and not np.isnan(means).all():
         best = int(np.nanargmin(means))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any, NamedTuple
 
-from gnp.analysis.scores import Cell, Paired
+from gnp.analysis.scores import LEAST_PAIRS, Cell, Paired
 
 NONE = "–"  # stands where there is no value
 _CLOSE, _DIFFERS = "†", "*"
@@ -187,18 +187,26 @@ def legend(cells: list[Cell], baseline: str) -> Iterator[str]:
             "their number."
         )
     if any(test.p is None for test in tests):
-        yield "Where fewer than 3 seeds are in common there is no test."
+        yield (
+            "There is no test where fewer than 3 seeds are in common, or all of them differ by the "
+            "same."
+        )
     if any(cell.published for cell in cells):
         yield "Published: the paper's figure, with its own recipe and seeds."
     if any(cell.scores.diverged for cell in cells):
         yield "Runs that diverged are not in the mean, which is then not bold."
     if any(cell.scores.unfinished for cell in cells):
-        yield "Runs that have not ended are left out."
+        yield (
+            "Runs that have not ended are not in the mean, which is then bold only if no other has "
+            "more seeds."
+        )
 
 
 def p_value(test: Paired) -> str:
     """A test's p, or why there is none."""
     if test.p is None:
+        if test.pairs >= LEAST_PAIRS:
+            return f"{NONE} (all differ by the same)"
         return f"{NONE} ({test.pairs} pair{'s' * (test.pairs != 1)})"
     return "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
 
@@ -230,8 +238,12 @@ def _marks(cell: Cell) -> str:
 def _notes(cell: Cell) -> str:
     scores = cell.scores
     notes = [cell.note] if cell.note else []
-    if scores.diverged and scores.n:
-        notes.append(f"{scores.diverged} of {scores.n + scores.diverged} diverged")
+    if scores.n:
+        total = scores.n + scores.diverged + scores.unfinished
+        if scores.diverged:
+            notes.append(f"{scores.diverged} of {total} diverged")
+        if scores.unfinished:
+            notes.append(f"{scores.unfinished} of {total} not finished")
     return f" ({', '.join(notes)})" if notes else ""
 
 

@@ -17,7 +17,7 @@ from gnp.analysis import published
 from gnp.analysis.comparison import gradients_per_step, group, has_finished, metric, settings_of
 from gnp.analysis.page import duration
 from gnp.analysis.runs import Run
-from gnp.analysis.scores import Cell, Scores, compared, score
+from gnp.analysis.scores import Cell, Scores, compared, preference, score
 from gnp.analysis.table_formats import Column, Table, legend
 from gnp.errors import UserError
 
@@ -51,7 +51,8 @@ def compare(runs: Sequence[Run]) -> Table:
         )
         for i, cell in zip(members, judged, strict=True):
             cells[i] = cell
-    times = [_mean_time(setting.runs) for setting in settings]
+    times = [_mean(run.training_time for run in setting.runs) for setting in settings]
+    speeds = [_mean(run.speed for run in setting.runs) for setting in settings]
     columns: dict[Column, Sequence[Any]] = {
         Column("setting"): [setting.label for setting in settings],
         Column(metric_name(runs)): cells,
@@ -63,8 +64,8 @@ def compare(runs: Sequence[Run]) -> Table:
         ],
         Column("time", duration): times,
         Column("time / without GR", "{:.2f}".format): [
-            time / times[j] if j is not None and times[j] > 0 else None
-            for time, j in zip(times, plain, strict=True)
+            speeds[j] / speed if j is not None and speed > 0 else None
+            for speed, j in zip(speeds, plain, strict=True)
         ],
     }
     # A column without a value in any row says nothing.
@@ -73,7 +74,8 @@ def compare(runs: Sequence[Run]) -> Table:
         *legend(cells, "the baseline"),
         "Settings of one data set and model are compared; the baseline is the same setting without "
         "GR, or else with AdamW." * any(cell.against_baseline is not None for cell in cells),
-        "Time is that of the runs' clocks: runs that went side by side slowed each other down."
+        "Time is that of the runs' clocks; time / without GR is of their steps alone, without "
+        "compiling. Runs that went side by side slowed each other down."
         * any(time == time for time in times),
     ]
     return Table(
@@ -118,7 +120,7 @@ def _adamw(
         and others(i) == others(index)
         and scores[i].n
     ]
-    return min(twins, key=lambda i: scores[i].mean, default=None)
+    return min(twins, key=lambda i: preference(scores[i]), default=None)
 
 
 def _without(fields: dict[str, Any], *prefixes: str) -> dict[str, Any]:
@@ -139,10 +141,10 @@ def mean_gradients(runs: Sequence[Run]) -> float:
     return float(np.mean([gradients_per_step(run) for run in ended or runs]))
 
 
-def _mean_time(runs: Iterable[Run]) -> float:
-    """The mean of the times of the runs that have ended; NaN where there is none."""
-    values = [run.training_time for run in runs if has_finished(run)]
-    return float(np.mean(values)) if values else math.nan
+def _mean(values: Iterable[float]) -> float:
+    """The mean of the values that are numbers, as those of runs that have ended; else NaN."""
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def metric_name(runs: Iterable[Run]) -> str:

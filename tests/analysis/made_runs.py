@@ -6,10 +6,10 @@ import math
 from gnp import config
 from gnp.analysis import runs
 
-ENDED = {"speed": {"data_wait": 0.1}, "num_params": 5, "devices": "cpu × 1"}
+ENDED = {"unit": "image", "num_params": 5, "devices": "cpu × 1"}
 
 
-def make(workdir, error=0.25, *, rows=10, steps=100, wall_time=100.0, **fields):
+def make(workdir, error=0.25, *, rows=10, steps=100, wall_time=100.0, speed=100.0, **fields):
     """Writes a run of ten epochs and reads it.
 
     Args:
@@ -18,6 +18,7 @@ def make(workdir, error=0.25, *, rows=10, steps=100, wall_time=100.0, **fields):
       rows: epochs that it has logged.
       steps: optimizer steps of all epochs.
       wall_time: seconds.
+      speed: images a second.
       **fields: the configuration's, with __ for the dot: gr__policy="zero".
     """
     settings = config.default()
@@ -37,6 +38,7 @@ def make(workdir, error=0.25, *, rows=10, steps=100, wall_time=100.0, **fields):
     if error is not None:
         test = {"split": "test", "error": None if math.isnan(error) else error, "loss": 0.5}
         result = ENDED | {"steps": steps, "epochs": 10.0, "wall_time": wall_time, "test": test}
+        result["speed"] = {"images_per_second": speed, "data_wait": 0.1}
         (workdir / "result.json").write_text(json.dumps(result))
     return runs.load(workdir)
 

@@ -132,6 +132,21 @@ def test_settings_are_ordered_by_value(tmp_path):
             ],
             ["sgd, lr 0.1, epochs 3", "adam, lr 0.1, epochs 3", "adam, lr 0.2, epochs 4"],
         ),
+        # But not what tells two policies, or two optimizers' training, apart.
+        (
+            [
+                {"gr.policy": "off", "epochs": 80.0, "lr.base": 0.1, "gr.radius": 0.1},
+                {"gr.policy": "none", "epochs": 80.0, "lr.base": 0.2, "gr.radius": 0.2},
+            ],
+            ["gr off, lr 0.1", "gr none, lr 0.2"],
+        ),
+        (
+            [
+                {"optimizer.name": "sgd", "lr.base": 0.1, "epochs": 80.0},
+                {"optimizer.name": "adam", "lr.base": 0.2, "epochs": 2.0},
+            ],
+            ["sgd, epochs 80", "adam, epochs 2"],
+        ),
         (
             [
                 {"lr.warmup": "0st", "model.depths": (2, 2)},

@@ -92,6 +92,7 @@ def test_the_page_tells_what_came_out(sweep, tmp_path):
         "under-way: not finished, at epoch 4 of 10",
     ]
     assert "19.73 ± 0.64" in page.text() and "(1 of 4 diverged)" in page.text()
+    assert "(1 of 4 not finished)" in page.text()
     assert "published 13.61 ± 0.20" in page.texts["small"]
 
 
