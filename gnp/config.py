@@ -269,9 +269,12 @@ def from_json(text: str, *, where: str) -> ConfigDict:
       UserError: if it is not the JSON of a configuration.
     """
     config = default()
+    known = flat(config)
     try:
         for field, value in flat(json.loads(text)).items():
-            if value is not None and field not in _REMOVED:
+            if field not in known and field not in _REMOVED:
+                raise ValueError(unknown("field", field, known))
+            if value is not None and field in known:
                 config.update_from_flattened_dict({field: value})
     except (
         *(ValueError, TypeError, KeyError, AttributeError),

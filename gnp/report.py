@@ -4,6 +4,7 @@
 figures of both papers, each also as files of its own.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from gnp import command_line
 from gnp.analysis import run_page, runs
 from gnp.errors import UserError
 from gnp.files import write_atomically
+
+_log = logging.getLogger(__name__)
 
 
 def write(workdir: str | os.PathLike[str], command: str | None = None) -> epath.Path:
@@ -46,7 +49,7 @@ def write(workdir: str | os.PathLike[str], command: str | None = None) -> epath.
 def write_comparison(
     directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
 ) -> epath.Path:
-    """Writes the report of many runs.
+    """Writes the report of many runs; one that cannot be read is named in it, and in a warning.
 
     It has `index.html`, `runs.csv` (a row a run, see `gnp.analysis.comparison.frame`),
     `interactive.html`, `tables/NAME.{html,md,tex,csv}` and `figures/NAME.{svg,pdf,png}`. The same
@@ -54,18 +57,22 @@ def write_comparison(
 
     Args:
       directories: work directories, and folders that hold some at any depth, as a sweep.
-      out: the folder for the report; files of an older one are replaced.
+      out: the folder for the report; files of an older one are replaced, or removed.
 
     Returns:
       The page, `out`/index.html.
 
     Raises:
-      UserError: if there are no runs, one is damaged, or `out` cannot be written.
+      UserError: if there are no runs that can be read, or `out` cannot be written.
     """
     from gnp.analysis.comparison import find
     from gnp.analysis.comparison_page import write as write_pages  # what it loads takes a second
 
-    return write_pages(find(directories), epath.Path(out))
+    damaged: list[str] = []
+    found = find(directories, damaged)
+    for problem in damaged:
+        _log.warning("left out: %s", problem)
+    return write_pages(found, epath.Path(out), damaged)
 
 
 def main() -> int:

@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     runs: tuple[Run, ...]
 
 
-def find(directories: Sequence[Path]) -> list[Run]:
+def find(directories: Sequence[Path], damaged: list[str] | None = None) -> list[Run]:
     """Reads the runs in directories, each a work directory or a folder that holds some.
 
     A run is a directory with a config.json, or with checkpoints. What lies inside of one is its
@@ -59,14 +59,17 @@ def find(directories: Sequence[Path]) -> list[Run]:
 
     Args:
       directories: as in ["runs/sweep", "runs/b"].
+      damaged: gets what is wrong with each run that cannot be read, or whose configuration is of
+        another version, which is then passed over; without it the first one is raised.
 
     Returns:
       The runs in the order of the directories, those of a folder by name.
 
     Raises:
-      UserError: if a path is no directory, holds no run or too much else, or a run is damaged.
+      UserError: if a path is no directory, holds no run or too much else, or no run can be read.
     """
     found: dict[str, Run] = {}
+    seen: set[str] = set()
     for directory in directories:
         folder = epath.Path(directory)
         if not folder.is_dir():
@@ -80,8 +83,20 @@ def find(directories: Sequence[Path]) -> list[Run]:
         for workdir in workdirs:
             place = os.fspath(workdir)
             place = place if is_remote(place) else os.path.realpath(place)
-            if place not in found:
-                found[place] = gnp_runs.load(workdir)
+            if place in seen:
+                continue
+            seen.add(place)
+            try:
+                run = gnp_runs.load(workdir)
+                settings_of(run)
+            except UserError as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+            else:
+                found[place] = run
+    if damaged and not found:
+        raise UserError(damaged[0])
     return list(found.values())
 
 
@@ -111,8 +126,8 @@ def group(runs: Iterable[Run]) -> list[Setting]:
 
     Two are, if their configurations differ in `seed` and in fields without effect on results only
     (`gnp.training.workdir.essential` has a list of these; where data lie and how often something
-    is logged or evaluated are others). A field that an older version did not have is at its
-    default.
+    is logged or evaluated are others, and so is `gr` where its policy is "off"). A field that an
+    older version did not have is at its default.
 
     Returns:
       The settings, ordered by the fields in which they differ.
@@ -127,7 +142,9 @@ def group(runs: Iterable[Run]) -> list[Setting]:
         groups.setdefault(repr(sorted(fields.items())), (fields, []))[1].append(run)
     configs = [fields for fields, _ in groups.values()]
     names = sorted({name for fields in configs for name in fields})
-    differing = [name for name in names if len({repr(fields.get(name)) for fields in configs}) > 1]
+    differing = [
+        name for name in names if len({repr(each[name]) for each in configs if name in each}) > 1
+    ]
     differing.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     values = [{name: fields.get(name) for name in differing} for fields in configs]
     settings = [
@@ -138,7 +155,7 @@ def group(runs: Iterable[Run]) -> list[Setting]:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The fields of a run's configuration that can change results, by dotted name, and the seed.
+    """The fields of a run's configuration that can change its results, and the seed, by name.
 
     Raises:
       UserError: if its configuration is not of this version.
@@ -152,7 +169,9 @@ def _settings(content: str, where: str) -> dict[str, Any]:
 
     config = gnp_config.from_json(content, where=where)
     fields = _flat(essential(config))
-    return {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT}
+    idle = {name for name in fields if name.startswith("gr.") and name != "gr.policy"}
+    without = {*_WITHOUT_EFFECT, *(idle if fields["gr.policy"] == "off" else ())}
+    return {name: value for name, value in fields.items() if name not in without}
 
 
 def frame(source: Path | Sequence[Path | Run]) -> "pandas.DataFrame":
@@ -195,6 +214,8 @@ def frame(source: Path | Sequence[Path | Run]) -> "pandas.DataFrame":
         for setting in group(found)
         for run in setting.runs
     ]
+    if not rows:
+        raise UserError("there are no runs for a table")
     table = pandas.DataFrame(rows)
     metrics = sorted(name for name in table.columns if "/" in name)
     first, last = list(table.columns), ["steps", "training_time", "num_params", "gradients"]

@@ -4,7 +4,7 @@ import io
 import math
 import os
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -46,8 +46,13 @@ class _Part(NamedTuple):
     why_not: str = ""
 
 
-def write(runs: Sequence[Run], out: epath.Path) -> epath.Path:
+def write(runs: Sequence[Run], out: epath.Path, damaged: Sequence[str] = ()) -> epath.Path:
     """Writes the report; see `gnp.report.write_comparison`.
+
+    Args:
+      runs: the runs.
+      out: the folder.
+      damaged: what is wrong with others, which is told.
 
     Raises:
       UserError: if a configuration is not of this version, or `out` cannot be written.
@@ -72,7 +77,7 @@ def write(runs: Sequence[Run], out: epath.Path) -> epath.Path:
         numbers="\n".join(_numbers(settings, overview)),
         overview=_scrolled(overview),
         links=f"{_table_links(overview.name)} · {curves.html}".removesuffix(" · "),
-        left_out=_left_out(runs),
+        left_out=_left_out(runs, damaged),
         tables=f"<h2>Tables of the papers</h2>\n{made}" if made else "",
         figures="\n".join(part.html for part in drawn if part.html)
         or "<p>There is nothing to draw.</p>",
@@ -93,6 +98,7 @@ def _table(name: str, runs: Sequence[Run], out: epath.Path) -> _Part:
     try:
         table = paper.make(runs)
     except UserError as error:
+        _remove(out / "tables" / f"{name}.{suffix}" for suffix in _FORMATS)
         return _Part(paper.title, paper.source, why_not=str(error))
     _write_table(table, out)
     html = (
@@ -115,6 +121,7 @@ def _figure(name: str, runs: Sequence[Run], out: epath.Path) -> _Part:
     try:
         figure = paper.draw(runs)
     except UserError as error:
+        _remove(out / "figures" / f"{name}.{suffix}" for suffix in _IMAGES)
         return _Part(paper.title, paper.source, why_not=str(error))
     # Laid out once: to do it for each of the files takes longer than to write them.
     figure.draw_without_rendering()
@@ -138,6 +145,7 @@ def _interactive(runs: Sequence[Run], out: epath.Path) -> _Part:
     try:
         interactive.write(runs, out / "interactive.html")
     except UserError as error:
+        _remove([out / "interactive.html"])
         return _Part(title, "interactive.html", why_not=str(error))
     return _Part(title, "", '<a href="interactive.html">interactive curves</a>')
 
@@ -209,17 +217,18 @@ def _numbers(settings: Sequence[Setting], overview: Table) -> Iterator[str]:
     yield entry("Time of all", duration(sum(seconds)) if seconds else NONE)
 
 
-def _left_out(runs: Sequence[Run]) -> str:
-    """The runs that no mean counts, by name."""
+def _left_out(runs: Sequence[Run], damaged: Sequence[str]) -> str:
+    """The runs that no mean counts, by name, and those that could not be read."""
     names = _names(runs)
     told = [
         (name, "diverged" if has_diverged(run) else f"not finished, {_progress(run)}")
         for name, run in zip(names, runs, strict=True)
         if has_diverged(run) or not has_finished(run)
     ]
-    if not told:
+    lines = [*(f"{name}: {why}" for name, why in told), *damaged]
+    if not lines:
         return ""
-    items = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in told)
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<h3>Left out of the means</h3>\n<ul>{items}</ul>"
 
 
@@ -291,6 +300,15 @@ def _write(path: epath.Path, content: str | bytes) -> None:
         write_atomically(path, data)
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def _remove(paths: Iterable[epath.Path]) -> None:
+    """Removes what an older report of other runs has left."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: epath.Path, error: OSError) -> UserError:

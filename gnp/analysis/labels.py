@@ -1,6 +1,6 @@
 """Short and readable labels for settings: "gr zero, lr 0.001, decay scheduled 5e-4"."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # What labels call a field; those with an empty name are told by their value alone.
@@ -27,12 +27,11 @@ _CAUSES = {"epochs": 2, "weight_decay": 4, "gr": 5}  # how many of the method; 3
 
 
 def labels(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """A label for each setting, all different.
+    """A label for each setting; None stands for a field that a setting does not use.
 
     Fields that follow from the model, the data set and the optimizer are left out, as in recipes
-    that have an own batch size for each, those of a method that follow from it too; so are fields
-    that have no effect on a setting. Nothing that differs between two policies of gradient
-    regularization, or lengths of training of one model, is left out.
+    that have an own batch size for each, and a method's that follow from it. What differs between
+    two policies of gradient regularization, or the lengths of two runs of one model, never is.
     """
 
     def follows(name: str) -> bool:
@@ -42,24 +41,13 @@ def labels(settings: Sequence[dict[str, Any]]) -> list[str]:
         return name not in _METHOD and len(pairs) == len(set(methods))
 
     names = [name for name in (settings[0] if settings else ()) if not follows(name)]
-    settings = [{name: values[name] for name in names} for values in settings]
-    short = [_label(values, _idle(values)) for values in settings]
-    return [
-        label if short.count(label) == 1 else _label(values, ())
-        for label, values in zip(short, settings, strict=True)
-    ]
+    return [_label({name: values[name] for name in names}) for values in settings]
 
 
-def _idle(values: dict[str, Any]) -> set[str]:
-    """Fields that have no effect without gradient regularization."""
-    if values.get("gr.policy") != "off":
-        return set()
-    return {name for name in values if name.startswith("gr.") and name != "gr.policy"}
-
-
-def _label(values: dict[str, Any], without: Iterable[str]) -> str:
+def _label(values: dict[str, Any]) -> str:
     """As "vit_ti, gr zero, lr 0.001, decay scheduled 5e-4"; "all" where nothing differs."""
-    values = {name: value for name, value in values.items() if name not in without}
+    if values.get("gr.policy") == "off":
+        values = {k: x for k, x in values.items() if not k.startswith("gr.") or k == "gr.policy"}
     parts = []
     for name, value in values.items():
         if name == "weight_decay.value" and "weight_decay.kind" in values:

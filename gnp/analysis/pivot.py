@@ -218,12 +218,10 @@ def pivot(
 
 def _others(facts: Sequence[Fact]) -> Iterator[str]:
     """The fields that rivals differ in beside those that a table tells."""
-    with_gr = [fact for fact in facts if fact.policy != "off"]
-    for name in settings_of(facts[0].setting.runs[0]):
-        if not name.startswith(_TOLD):
-            members = with_gr if name.startswith("gr.") else facts
-            if len({repr(settings_of(fact.setting.runs[0])[name]) for fact in members}) > 1:
-                yield name
+    all_fields = [settings_of(fact.setting.runs[0]) for fact in facts]
+    for name in {name for fields in all_fields for name in fields if not name.startswith(_TOLD)}:
+        if len({repr(fields[name]) for fields in all_fields if name in fields}) > 1:
+            yield name
 
 
 def _published(run: Run, table: str) -> published.Published | None:

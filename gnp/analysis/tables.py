@@ -74,6 +74,8 @@ def compare(runs: Sequence[Run]) -> Table:
         *legend(cells, "the baseline"),
         "Settings of one data set and model are compared; the baseline is the same setting without "
         "GR, or else with AdamW." * any(cell.against_baseline is not None for cell in cells),
+        "Several runs of one seed count as one, their mean."
+        * any(len({run.setting("seed") for run in x.runs}) < len(x.runs) for x in settings),
         "Time is that of the runs' clocks; time / without GR is of their steps alone, without "
         "compiling. Runs that went side by side slowed each other down."
         * any(time == time for time in times),

@@ -22,7 +22,8 @@ def recover(directory: epath.PathLike, *, held: bool = False) -> None:
 
     Without a `config.json` it also writes the `result.json` of a run that had come to its end, as
     far as the rows of metrics tell it; the command that trained the run completes it. Rows that
-    were made after the checkpoint was saved do not come back.
+    were made after the checkpoint was saved do not come back, nor does the time of the run, which
+    others may have shared.
 
     Does nothing where nothing is missing, there is no checkpoint, or a process trains.
 
@@ -89,7 +90,6 @@ def _result(
         "recovered": True,
         "steps": step,
         "epochs": test["epoch"],
-        "wall_time": test.get("wall_time"),
         **last,
         "num_params": sum(
             math.prod(shape) for name, (_, shape, _) in arrays.items() if name.startswith("params/")

@@ -152,6 +152,29 @@ def test_one_run_and_runs_without_a_row(tmp_path):
     assert page.texts["li"][0] == "a: not finished, at epoch 0 of 10"
 
 
+def test_what_other_runs_have_left_is_removed(sweep, tmp_path, monkeypatch):
+    out = tmp_path / "report"
+    report.write_comparison([sweep], out)
+    before = set(files(out))
+    monkeypatch.setitem(figures.PAPER_FIGURES, "one", PaperFigure("one", "One", "a", refuse))
+    (out / "figures" / "mine.png").write_text("")
+    report.write_comparison([sweep / "trials" / "off"], out)
+    after = set(files(out))
+    assert "tables/gr_table_2.csv" in before - after and "figures/one.png" in before - after
+    assert {"figures/mine.png", "tables/comparison.md", "index.html"} <= after
+
+
+def test_a_damaged_run_is_told_and_stops_nothing(sweep, tmp_path, caplog):
+    (sweep / "trials" / "off" / "seed-0" / "config.json").write_text("{")
+    other = sweep / "trials" / "zero" / "seed-1" / "config.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"x": 1}))
+    page = Page(report.write_comparison([sweep], tmp_path / "report"))
+    assert page.texts["title"] == ["vit_ti on cifar10: 9 runs"]
+    told = [item for item in page.texts["li"] if "config.json" in item]
+    assert "seed-0/config.json is not valid JSON" in told[0] and "unknown field 'x'" in told[1]
+    assert [record.getMessage() for record in caplog.records] == [f"left out: {x}" for x in told]
+
+
 def test_curves_that_cannot_be_drawn_are_told(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison_page.interactive, "write", lambda runs, path: refuse(runs))
     page = Page(report.write_comparison([sweep], tmp_path / "report"))

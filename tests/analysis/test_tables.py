@@ -202,6 +202,12 @@ def test_no_p_with_fewer_than_three_seeds(tmp_path):
     assert "– (2 pairs)" in table.to_markdown() and "fewer than 3 seeds" in table.caption
 
 
+def test_several_runs_of_one_seed_are_told(tmp_path):
+    runs = seeds(tmp_path / "a", OFF)
+    assert "of one seed" not in tables.compare(runs).caption
+    assert "of one seed" in tables.compare([*runs, make(tmp_path / "again", seed=1)]).caption
+
+
 def test_perplexity_is_no_percentage(tmp_path):
     run = make(tmp_path / "run", 0.5)
     test = run.result["test"] | {"perplexity": 83.25}
