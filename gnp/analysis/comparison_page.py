@@ -320,7 +320,9 @@ h2 + .scroll, h3 + .scroll, .faint + .scroll { margin-top: .5rem; }
 section { margin-top: 1.5rem; break-inside: avoid; }
 ul { margin: .3rem 0; padding-left: 1.3rem; }
 a { color: inherit; text-underline-offset: .15em; }
-.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
+.grid {
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); align-items: start;
+}
 .wide { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; overflow-wrap: normal; }
 .results { width: max-content; margin-bottom: 0; font-size: .9375rem; }

@@ -4,8 +4,6 @@ import html
 import json
 import pathlib
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from gnp.analysis import interactive
 from gnp.analysis.runs import Run
 from gnp.errors import UserError
 from tests.analysis.runs_in_memory import made_run
+from tests.browser import LISTEN, browse, needs_browser
 
 HOSTILE = "</script><script>window.hacked = 1</script><b>bold</b> %{y} %{meta[0]} $x$ &amp;"
 
@@ -110,20 +109,6 @@ def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
 
 # --- In a browser -------------------------------------------------------------------------------
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed"
-)
-
-# Runs before the page's own scripts.
-LISTEN = """<script>
-const said = [];
-window.onerror = (...what) => said.push(String(what));
-for (const level of ["error", "warn"]) console[level] = (...what) => said.push(what.join(" "));
-document.addEventListener("securitypolicyviolation", (e) => said.push("blocked " + e.blockedURI));
-</script>"""
-
 # Clicks through the page, a step after another has been painted, and writes what it sees.
 ACT = """<script>
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
@@ -168,19 +153,6 @@ addEventListener("load", async () => {
   document.body.append(outcome);
 });
 </script>"""
-
-
-def browse(page: pathlib.Path, *flags: str) -> str:
-    """What a headless browser prints of a page once its scripts have run for a while."""
-    command = [
-        *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-        *("--disable-sync", "--hide-scrollbars", "--window-size=1200,900"),
-        *(f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=20000"),
-    ]
-    done = subprocess.run([*command, *flags, page.as_uri()], capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    return done.stdout.decode()
 
 
 @needs_browser
