@@ -141,6 +141,7 @@ def default() -> ConfigDict:
             },
             "log": {
                 "every": "1ep",
+                "adaptive_lr": False,  # how far apart the parameters' adaptive learning rates are
                 "wandb": placeholder(str),  # a project of Weights & Biases
                 "group": placeholder(str),  # and a group of runs in it
             },

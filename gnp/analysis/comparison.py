@@ -28,7 +28,7 @@ _MAX_DEPTH = 8  # folders inside of folders in which runs are looked for
 _MAX_FOLDERS = 20_000
 
 # Fields that change when something is measured, or where data lie, and no result.
-_WITHOUT_EFFECT = ("data.data_dir", "log.every", "eval.every")
+_WITHOUT_EFFECT = ("data.data_dir", "log.every", "log.adaptive_lr", "eval.every")
 # Values that have an order of their own.
 _ORDERS = {
     "gr.policy": gnp_config.GR_POLICIES,

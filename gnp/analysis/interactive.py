@@ -54,6 +54,7 @@ _PANELS = (
     _Panel("weight norm", "train", "weight_norm"),
     _Panel("learning rate", "train", "learning_rate"),
     _Panel("SWD factor 1/√v̄", "train", "swd_factor"),
+    _Panel("std of ln 1/√v", "train", "adaptive_lr_log_std"),
     _Panel("radius r", "train", "radius"),
     _Panel("ratio λ/r", "train", "ratio"),
 )

@@ -29,6 +29,7 @@ class Optimizer:
         step adds `l2_penalty` to the loss.
       frozen: a tree of booleans, true for parameters that stay as they are; None if none do.
       excluded: a tree of booleans, true for parameters without weight decay; None if all have it.
+      reports_adaptive_lr: whether `report` has `adaptive_lr_log_std`.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -36,6 +37,7 @@ class Optimizer:
     l2: float | jax.Array
     frozen: Any = None
     excluded: Any = None
+    reports_adaptive_lr: bool = False
 
     def without_frozen(self, params: Any) -> Any:
         """The parameters, with no gradient with respect to those that are frozen."""
@@ -66,6 +68,11 @@ class Optimizer:
                 values["ratio"] = (state.ratio, one)
             if isinstance(state, transforms.ScheduledWeightDecayState):
                 values["swd_factor"] = (state.factor, one)
+        if self.reports_adaptive_lr:
+            for state in jax.tree.leaves(opt_state, is_leaf=lambda x: hasattr(x, "nu")):
+                if hasattr(state, "nu"):  # AMSGrad and Padam divide by its running maximum
+                    nu = getattr(state, "nu_max", state.nu)
+                    values["adaptive_lr_log_std"] = (_log_std(nu), one)
         return values
 
 
@@ -121,7 +128,10 @@ def build(
         # Outside of the partition: it calls the gradient, which wants all parameters.
         parts.insert(0, _regularization(config, steps_per_epoch, total_steps))
     l2 = value if kind == "l2" else 0.0
-    return Optimizer(optax.chain(*parts), schedule, l2, chosen.frozen, chosen.excluded)
+    return Optimizer(
+        *(optax.chain(*parts), schedule, l2, chosen.frozen, chosen.excluded),
+        reports_adaptive_lr=config.log.adaptive_lr,
+    )
 
 
 class _Chosen(NamedTuple):
@@ -275,6 +285,21 @@ def learning_rate(
 
 def _half_cosine(progress: jax.Array) -> jax.Array:
     return 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+
+def _log_std(nu: Any) -> jax.Array:
+    r"""The standard deviation over parameters of :math:`\ln \psi = -\frac12 \ln v`.
+
+    Of ψ's logarithm, so that the bias correction and the scale of the loss cancel, and so that few
+    parameters whose gradient is 0 but for rounding do not decide, as they do of ψ's variance.
+    Entries of 0 are left out; where all are, it is 0.
+    """
+    leaves = jax.tree.leaves(nu)
+    count = jnp.maximum(sum(jnp.sum(x > 0) for x in leaves), 1)
+    logs = [-0.5 * jnp.log(jnp.where(x > 0, x, 1).astype(jnp.float32)) for x in leaves]
+    mean = sum(map(jnp.sum, logs)) / count
+    parts = [jnp.sum(jnp.square(y - mean) * (x > 0)) for x, y in zip(leaves, logs, strict=True)]
+    return jnp.sqrt(sum(parts) / count)
 
 
 def _states(opt_state: Any) -> list[Any]:

@@ -251,6 +251,36 @@ def test_what_is_reported():
         np.testing.assert_allclose(report[norm], np.linalg.norm(g), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", gnp_config.OPTIMIZERS)
+def test_the_spread_of_adaptive_learning_rates_is_reported(name):
+    optimizer = build(
+        optimizer__name=name, gr__policy="zero", lr__warmup="2st", log__adaptive_lr=True,
+        weight_decay__kind="none" if name == "sgd" else "scheduled",
+        weight_decay__value=0 if name == "sgd" else 0.01,
+    )  # fmt: skip
+    params = {"a": jnp.arange(1.0, 5), "b": {"nu": jnp.array([1e-3, 0.0])}}  # no gradient at 0
+    state = optimizer.tx.init(params)
+    assert float(optimizer.report(state, 0).get("adaptive_lr_log_std", (0, 1))[0]) == 0
+    for scale in (3.0, 1.0):  # AMSGrad divides by the larger one
+
+        def square(p, scale=scale):
+            return jax.tree.map(lambda x: scale * x**2, p)
+
+        _, state = optimizer.tx.update(square(params), state, params, grad_fn=square)
+    report = optimizer.report(state, 0)
+    if name == "sgd":
+        assert "adaptive_lr_log_std" not in report
+        return
+    field = "nu_max" if name in ("amsgrad", "padam") else "nu"
+    (nu,) = optax.tree_utils.tree_get_all_with_path(
+        state, field, lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+    )
+    v = np.concatenate([np.ravel(x) for x in jax.tree.leaves(nu[1])]).astype(np.float64)
+    expected = np.std(np.log(1 / np.sqrt(v[v > 0])))
+    assert (v == 0).sum() == (name != "yogi") and expected > 0.5  # Yogi begins at 1e-6
+    np.testing.assert_allclose(report["adaptive_lr_log_std"][0], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", gnp_config.WEIGHT_DECAYS)
 @pytest.mark.parametrize("name", gnp_config.OPTIMIZERS)
 @pytest.mark.parametrize("policy", gnp_config.GR_POLICIES)
