@@ -1,5 +1,6 @@
 """The trials of a sweep: their configurations, names, directories and commands."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -102,6 +103,32 @@ class Recipe:
             )
         return False
 
+    def fields_of(self, argument: str, texts: Sequence[str]) -> set[str]:
+        """The fields that tell which of its values an argument of the config file has.
+
+        They are those that take the value as it is; where there is none, those that differ among
+        the values, or from the file's own if there is but one value. So `decay` may be combined
+        with weight_decay.value, which it sets too, but not with weight_decay.kind.
+        """
+        configs = {}
+        for text in texts:
+            with contextlib.suppress(UserError):  # which its trial will tell
+                configs[text] = gnp_config.flat(
+                    gnp_config.load(self._config_flag({argument: text}))
+                )
+        compared = list(configs.values())
+        if len(compared) == 1:
+            compared.append(gnp_config.flat(gnp_config.load(self._config_flag({}))))
+        fields = set().union(*compared)
+        differing = {x for x in fields if len({repr(config.get(x)) for config in compared}) > 1}
+        verbatim = {
+            x
+            for x in fields
+            if all(str(config.get(x)).lower() == text.lower() for text, config in configs.items())
+        }
+        # Of a single value that is the file's own nothing differs.
+        return verbatim & differing or differing or verbatim
+
     def canonical(self, name: str, text: str) -> str:
         """A field's value as it is written in names, so that 1e-3 and 0.001 are one value.
 
@@ -168,8 +195,9 @@ def resolve(
     """The grid with its values as they are written in names, and which names are arguments.
 
     Raises:
-      UserError: for a name that is neither argument nor field or is set already, and for values
-        that are not of their field's type or come twice.
+      UserError: for a name that is neither argument nor field or is set already, for values that
+        are not of their field's type or come twice, and for a field that would undo an argument,
+        whose trials would be other ones than their names say.
     """
     set_already = {field for field, _ in recipe.overrides}
     resolved, arguments = {}, []
@@ -185,6 +213,14 @@ def resolve(
         if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
             raise UserError(f"{name} has the value {twice[0]} twice")
         resolved[name] = tuple(texts)
+    flags = {field: f"--config.{field}" for field in set_already}
+    flags |= {name: name for name in resolved if name not in arguments}
+    for argument in arguments:
+        if undone := sorted(recipe.fields_of(argument, resolved[argument]) & {*flags}):
+            raise UserError(
+                f"config.{undone[0]} is set by the argument {argument} and by {flags[undone[0]]}, "
+                "and a trial's name would say what it does not train; leave one"
+            )
     return resolved, tuple(arguments)
 
 
@@ -221,8 +257,8 @@ def product(
         other = names.setdefault(json.dumps(trial.config.to_dict()), trial.name)
         if other != trial.name:
             raise UserError(
-                f"trials {other} and {trial.name} have the same configuration: a --config.FIELD "
-                "overrides what is varied, or the config file does not read it"
+                f"trials {other} and {trial.name} have the same configuration: the config file "
+                "makes nothing of what differs"
             )
     return trials
 

@@ -89,7 +89,11 @@ def test_names_are_safe_as_files_and_unique():
         ("lr.base=a", [], "--config.lr.base=a: 'a' is not a number"),
         ("model.depth=1,0", [], "trial model.depth=0,seed=0: config.model.depth is 0; it must be"),
         ("lr.base=1e-3,0.001", [], "lr.base has the value 0.001 twice"),
-        ("gr=off,zero", [("gr.policy", "r")], "have the same configuration"),
+        ("gr=off,zero", [("gr.policy", "r")], "by the argument gr and by --config.gr.policy"),
+        ("gr=off", [("gr.policy", "zero")], "by the argument gr and by --config.gr.policy"),
+        ("gr=zero", [("gr.policy", "off")], "by the argument gr and by --config.gr.policy"),
+        ("gr=off;gr.policy=zero,none", [], "by the argument gr and by gr.policy, and a trial's"),
+        ("optimizer=adam,sgd", [("optimizer.name", "adam")], "and by --config.optimizer.name"),
         ("lr.base=1,2", [("lr.base", "1")], "config.lr.base is both varied and set"),
         ("seed=1,2", [], "seeds are given by --seeds"),
         ("gr=[off,zero]", [], "an argument of the config file has no commas"),
@@ -100,6 +104,37 @@ def test_mistakes(grid, overrides, message):
     with pytest.raises(UserError) as error:
         trials_of(grid, *overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "grid", "overrides"),
+    [
+        ("digits.py", "gr=off,zero", [("gr.radius", "0.07")]),
+        ("digits.py", "gr=off", [("lr.base", "0.01")]),
+        ("digits.py", "optimizer=adam,sgd;lr.base=1e-3,1e-2", []),
+        ("cifar_cnn.py", "decay=l2,scheduled;weight_decay.value=1e-4,1e-3", []),
+    ],
+)
+def test_a_field_beside_an_argument_that_keeps_its_meaning(config, grid, overrides):
+    assert trials_of(grid, *overrides, config=str(ROOT / "configs" / config))
+
+
+def test_an_argument_without_a_field_of_its_value_is_told_by_the_fields_that_differ():
+    folder = str(ROOT / "configs/folder.py")
+    for grid in ("augment=crop,heavy", "augment=heavy"):
+        assert Recipe.parse(folder, []).fields_of(*parse_grid([grid]).popitem()) == {"data.augment"}
+        assert trials_of(grid, ("data.image_size", "64"), config=folder)
+        with pytest.raises(UserError, match=r"config.data.augment is set by the argument augment"):
+            trials_of(grid, ("data.augment", "flip"), config=folder)
+
+
+def test_values_that_the_config_file_makes_nothing_of(tmp_path):
+    file = tmp_path / "recipe.py"
+    file.write_text(
+        "from gnp.config import default\ndef get_config(argument=''): return default()\n"
+    )
+    with pytest.raises(UserError, match="have the same configuration: the config file makes"):
+        trials_of("x=1,2", config=str(file))
 
 
 def test_a_seed_is_given_once():
