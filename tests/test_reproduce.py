@@ -51,3 +51,45 @@ def test_a_dry_run_prints_the_commands(tmp_path):
     done = subprocess.run([*command, "--scale=smal"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: unknown scale 'smal'; did you mean 'small'?\n"
+
+
+@pytest.mark.parametrize(
+    ("codes", "called", "code"),
+    [
+        ({}, ["sweep a", "evaluate done", "sweep b", "report"], 0),
+        ({"sweep a": 1}, ["sweep a", "evaluate done", "sweep b", "report"], 1),
+        ({"evaluate done": 2}, ["sweep a", "evaluate done", "sweep b", "report"], 1),
+        ({"sweep a": 1, "report": 2}, ["sweep a", "evaluate done", "sweep b", "report"], 2),
+        ({"sweep a": 2}, ["sweep a"], 2),
+        ({"sweep a": 130}, ["sweep a"], 130),
+        ({"evaluate done": 130}, ["sweep a", "evaluate done"], 130),
+    ],
+)
+def test_what_fails_stops_nothing_else(codes, called, code, tmp_path, monkeypatch, capsys):
+    """One of the first sweep's two trials is complete, and is measured."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    reproduction = importlib.import_module("reproduction")
+    for name in ("done", "failed"):
+        (tmp_path / "a" / "trials" / name).mkdir(parents=True)
+    (tmp_path / "a" / "trials" / "done" / "result.json").touch()
+    seen = []
+
+    def call(command):
+        module = command[2].removeprefix("gnp.")
+        place = next((x for x in command if x.startswith(("--out=", "--workdir="))), "")
+        seen.append(module if module == "report" else f"{module} {pathlib.Path(place).name}")
+        return codes.get(seen[-1], 0)
+
+    monkeypatch.setattr(reproduction, "_call", call)
+    monkeypatch.setattr(sys, "argv", ["x.py", f"--out={tmp_path}", "--scale=s"])
+    sweeps = [
+        reproduction.Sweep("a", "digits.py", measured=9),
+        reproduction.Sweep("b", "digits.py"),
+    ]
+    with pytest.raises(SystemExit) as end:
+        reproduction.main("", {"s": sweeps}, seeds=1)
+    assert (seen, end.value.code) == (called, code)
+    error = capsys.readouterr().err
+    if "report" in called:
+        assert ("trials of a" in error) == ("sweep a" in codes)
+        assert (f"the sharpness of {tmp_path}" in error) == ("evaluate done" in codes)

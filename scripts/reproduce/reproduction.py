@@ -16,6 +16,7 @@ from gnp.command_line import Parser, run
 from gnp.errors import UserError, unknown
 
 ROOT = pathlib.Path(__file__).parents[2]
+_FAILED, _MISTAKE = 1, 2  # exit codes of the commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Sweep:
 
 def main(description: str, scales: Mapping[str, Sequence[Sweep]], *, seeds: int) -> None:
     """The command line of a script.
+
+    A trial that fails, or a measure, stops neither the others nor the report; the exit code is then
+    1, and the last lines say what failed.
 
     Args:
       description: the script's docstring.
@@ -95,16 +99,24 @@ def _main(description: str, scales: Mapping[str, Sequence[Sweep]], seeds: int) -
     if flags.dry_run:
         print("\n".join(shlex.join(command) for command in [*commands, report]))
         return 0
+    failed = []
     for sweep, command in zip(sweeps, commands, strict=True):
         if code := _call(command):
-            return code
+            if code != _FAILED:  # a mistake in the command, or Ctrl-C
+                return code
+            failed.append(f"trials of {sweep.name}")
         if sweep.measured:
-            for workdir in sorted((flags.out / sweep.name / "trials").iterdir()):
-                measure = [sys.executable, "-m", "gnp.evaluate", f"--workdir={workdir}"]
+            for result in sorted((flags.out / sweep.name / "trials").glob("*/result.json")):
+                measure = [sys.executable, "-m", "gnp.evaluate", f"--workdir={result.parent}"]
                 examples = f"--max_examples={sweep.measured}"
                 if code := _call([*measure, "--sharpness", examples]):
-                    return code
-    return _call(report)
+                    if code not in (_FAILED, _MISTAKE):
+                        return code
+                    failed.append(f"the sharpness of {result.parent}")
+    code = _call(report)
+    if failed:
+        print(f"failed: {'; '.join(failed)}\nthe same command tries them again", file=sys.stderr)
+    return code or (_FAILED if failed else 0)
 
 
 def _call(command: list[str]) -> int:
