@@ -61,6 +61,7 @@ def asked(
         "kind": kind,
         "config": recipe.file + argument,
         "overrides": dict(recipe.overrides),
+        "configuration": workdir.essential(recipe.load()),
         "parameters": {
             name: value if isinstance(value, str) else list(value)
             for name, value in parameters.items()
@@ -73,7 +74,8 @@ def asked(
 def claim(out: pathlib.Path, here: dict[str, Any]) -> None:
     """Notes what is asked, beside what was asked before.
 
-    A grid may get more values and seeds. All else stays as it was.
+    A grid may get more values and seeds, and the configuration may change as that of a run that is
+    continued may. All else stays as it was.
 
     Raises:
       UserError: if the directory has another sweep, with the difference.
@@ -81,7 +83,7 @@ def claim(out: pathlib.Path, here: dict[str, Any]) -> None:
     path = out / "sweep.json"
     if path.exists():
         there = _read(path)
-        if changed := list(_differences(there, here)):
+        if changed := list(_differences(there, here, where=str(path))):
             raise UserError(
                 f"{out} holds another sweep ({'; '.join(changed)}); choose another --out"
             )
@@ -136,7 +138,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not (
         isinstance(there, dict)
         and there.get("format") == _FORMAT
-        and isinstance(there.get("overrides"), dict)
+        and isinstance(there.get("configuration", {}), dict)
         and isinstance(there.get("parameters"), dict)
         and all(isinstance(x, str | list) for x in there["parameters"].values())
         and isinstance(there.get("seeds"), list)
@@ -146,19 +148,19 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return there
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> Iterable[str]:
-    """What differs of what must not."""
-    fixed = ["kind", "config"]
+def _differences(there: dict[str, Any], here: dict[str, Any], *, where: str) -> Iterable[str]:
+    """What differs of what must not; `where` names the file of `there` in errors."""
+    fixed = ["kind"]
     if here["kind"] == "search":  # whose trials are told apart and judged by these
         fixed += ["seeds", "metric"]
     for name in fixed:
         if there.get(name) != here[name]:
             yield f"{name}: {there.get(name)} there, {here[name]} here"
-    before, now = there["overrides"], here["overrides"]
-    for field in sorted({*before, *now}):
-        if before.get(field) != now.get(field):
-            texts = (before.get(field, "not set"), now.get(field, "not set"))
-            yield "config.{}: {} there, {} here".format(field, *texts)
+    # The file may have moved, or is named from another folder: what counts is what it gives. An
+    # older version noted that of the trials alone.
+    if "configuration" in there:
+        before = gnp_config.from_json(json.dumps(there["configuration"]), where=where)
+        yield from gnp_config.difference(workdir.essential(before), here["configuration"])
     before, now = there["parameters"], here["parameters"]
     if {*before} != {*now}:
         yield f"parameters: {', '.join(before)} there, {', '.join(now)} here"

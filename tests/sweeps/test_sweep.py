@@ -43,7 +43,9 @@ def test_a_grid_its_table_and_its_directory(run, capsys):
     assert run.trials == sorted(names) and sorted(logs) == sorted(f"{x}.log" for x in names)
     config = json.loads((run.out / "trials" / names[5] / "config.json").read_text())
     assert (config["lr"]["base"], config["seed"], config["epochs"]) == (0.01, 1, 2.0)
-    assert run.asked == {
+    asked = run.asked
+    assert asked.pop("configuration")["epochs"] == 2.0
+    assert asked == {
         "format": 1,
         "kind": "grid",
         "config": "configs/digits.py",
@@ -68,12 +70,13 @@ def test_what_is_done_is_not_done_again_and_a_grid_may_grow(run, capsys):
 @pytest.mark.parametrize(
     ("flags", "config", "message"),
     [
-        (["--config.epochs=2"], "configs/digits.py", "config.epochs: 1 there, 2 here"),
-        ([], "configs/digits.py", "config.epochs: 1 there, not set here"),
+        (["--config.epochs=2"], "configs/digits.py", "config.epochs: 1.0 there, 2.0 here"),
+        ([], "configs/digits.py", "config.epochs: 1.0 there, 80.0 here"),
         (
             ["--config.epochs=1"],
             "configs/digits.py:optimizer=sgd",
-            "config: configs/digits.py there, configs/digits.py:optimizer=sgd here",
+            "config.lr.base: 0.002 there, 0.05 here; "
+            "config.optimizer.name: 'adam' there, 'sgd' here",
         ),
         (
             ["--config.epochs=1", "--grid", "gr=off"],
@@ -93,11 +96,47 @@ def test_a_config_file_that_has_changed_is_refused(run, tmp_path):
     text = (ROOT / "configs/digits.py").read_text()
     file = tmp_path / "recipe.py"
     file.write_text(text)
-    flags = ["--grid", "lr.base=1e-3", "--config.epochs=1"]
+    flags = ["--grid", "gr=off", "--config.epochs=1"]
     assert run(*flags, config=file) == 0
     file.write_text(text.replace("gr.radius = 0.05", "gr.radius = 0.07"))
+    with pytest.raises(UserError, match=r"another sweep \(config.gr.radius: 0.05 there, 0.07 here"):
+        run(*flags, config=file)
+    # Only with this value of the argument, which the file without it does not tell.
+    in_part = "gr.radius = 0.07 if arguments.gr == 'off' else 0.05"
+    file.write_text(text.replace("gr.radius = 0.05", in_part))
     with pytest.raises(UserError, match=r"begun with another .*config.gr.radius: 0.05 there, 0.07"):
         run(*flags, config=file)
+
+
+def test_a_config_file_by_another_name_is_the_same_sweep(run, tmp_path, monkeypatch):
+    flags = ["--grid", "gr=off", "--config.epochs=1"]
+    for config in ("configs/digits.py", "./configs/digits.py", ROOT / "configs/digits.py"):
+        assert run(*flags, config=config) == 0
+    (tmp_path / "elsewhere.py").write_text((ROOT / "configs/digits.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert run(*flags, config="elsewhere.py") == 0
+    assert len(run.starts("gr=off,seed=0")) == 1
+
+
+def test_a_sweep_goes_on_with_what_a_run_may_go_on_with(run):
+    """As a failed trial's advice says: --config.on_nonfinite=skip."""
+    flags = ["--grid", "gr=lambda,zero", "--config.epochs=1"]
+    assert run(*flags) == 1
+    assert run(*flags, "--config.on_nonfinite=skip", "--config.checkpoint.keep=2") == 1
+    assert len(run.starts("gr=zero,seed=0")) == 1
+    path = run.out / "trials" / "gr=lambda,seed=0" / "config.json"
+    assert json.loads(path.read_text())["on_nonfinite"] == "skip"
+    assert run.asked["overrides"]["on_nonfinite"] == "skip"
+
+
+def test_a_sweep_of_an_older_version_goes_on(run):
+    flags = ["--grid", "lr.base=1e-3", "--config.epochs=1"]
+    assert run(*flags) == 0
+    asked = run.asked
+    del asked["configuration"]
+    (run.out / "sweep.json").write_text(json.dumps(asked))
+    assert run(*flags) == 0 and run.asked["configuration"]["epochs"] == 1.0
+    assert len(run.starts("lr.base=0.001,seed=0")) == 1
 
 
 def test_a_failed_trial_says_why_stops_nothing_and_is_tried_again(run, capsys):
