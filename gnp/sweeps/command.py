@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from gnp.errors import UserError
-from gnp.files import is_remote, lock
+from gnp.files import is_remote
 from gnp.sweeps import directory, runner, slots, slurm, summary
 from gnp.sweeps.display import Display
 from gnp.sweeps.jobs import Grid, Source
@@ -57,7 +57,7 @@ def sweep(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     if flags.vmap:
         places = slots.with_one_device(places)
     directory.make(out)
-    with lock(out):
+    with directory.hold(out):
         directory.claim(out, here)
         directory.check(out, trials)
         if not is_array:
@@ -88,7 +88,7 @@ def _search(
     )
     places = slots.make(flags.jobs or 1, flags.devices)
     directory.make(out)
-    with lock(out):
+    with directory.hold(out):
         directory.claim(out, here)
         _wait_for_others(out)
         source = search.Search(

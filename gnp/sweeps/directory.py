@@ -7,16 +7,17 @@
 Readers of runs need the work directories alone.
 """
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from gnp import config as gnp_config
 from gnp.errors import UserError
-from gnp.files import is_locked, write_atomically
+from gnp.files import is_locked, lock, write_atomically
 from gnp.sweeps.trials import Recipe, Trial
 from gnp.training import workdir
 
@@ -36,6 +37,21 @@ def make(out: pathlib.Path) -> None:
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def hold(out: pathlib.Path) -> Iterator[None]:
+    """Holds the directory for this process.
+
+    Raises:
+      UserError: if another sweep holds it.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock(out))
+        except UserError as error:  # which names the flag of gnp.train
+            raise UserError(str(error).replace("--workdir", "--out")) from None
+        yield
 
 
 def asked(

@@ -215,7 +215,8 @@ def test_two_sweeps_at_once_are_refused(run):
     from gnp.files import lock
 
     run.out.mkdir()
-    with lock(run.out), pytest.raises(UserError, match=f"process {os.getpid()} on .*{run.out}"):
+    message = rf"process {os.getpid()} on .*{run.out} .*or choose another --out$"
+    with lock(run.out), pytest.raises(UserError, match=message):
         run("--seeds=1")
 
 
