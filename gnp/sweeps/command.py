@@ -29,7 +29,9 @@ def sweep(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
       The exit code: 1 if a trial failed, 130 after Ctrl-C, 75 after SIGTERM.
 
     Raises:
-      UserError: for anything that is wrong, before the first trial starts.
+      UserError: for flags, fields, configurations and a directory that are wrong, before the first
+        trial starts. What a trial alone finds out (its data are not there, Weights & Biases is not
+        logged in to) ends that trial, which says so.
     """
     if is_remote(flags.out):
         raise UserError(f"--out={flags.out}: a sweep's directory is a local one")

@@ -47,10 +47,10 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def started(self, name: str) -> None:
-        """Says that a trial has started, if nothing else shows it."""
-        if self._live is None:
-            self.say(f"started  {name}")
+    def started(self, name: str, note: str = "") -> None:
+        """Says that a job has started, if nothing else shows that or what is noted of it."""
+        if self._live is None or note:
+            self.say(f"started  {name}{note}")
 
     def ended(self, name: str, state: str, note: str, seconds: float) -> None:
         """Says how a trial has ended."""

@@ -41,7 +41,9 @@ def run(source: Source, pool: Pool, display: Display, out: pathlib.Path, metric:
                             outcome = source.ended(trial, Outcome("failed", str(error)))
                             display.ended(trial.name, *outcome, 0.0)
                     else:
-                        display.started(job.name)
+                        # The log of trials in one program has the first one's name.
+                        note = f"  (log: {job.log})" if len(job.trials) > 1 else ""
+                        display.started(job.name, note)
                 if not pool.running:
                     return stop.exit_code
                 if stop.exit_code:

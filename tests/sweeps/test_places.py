@@ -195,6 +195,7 @@ def shown(width, height, rows):
         display.show({"done": 3, "failed": 1, "waiting": 20}, rows)
         text = file.getvalue()
         display.started("gr=off,seed=0")
+        display.started("gr=off,seed=1 and 2 more", "  (log: a)")
         display.ended("gr=off,seed=0", "failed", "[bold]no\x1b[2J", 61.0)
     return text, file.getvalue()[len(text) :]
 
@@ -212,7 +213,8 @@ def test_the_live_table():
     assert any("lr.base=0e-3[red],seed=0" in line and "–" in line for line in lines)
     assert "lr.base=7e-3" in first and "lr.base=30e-3" not in first  # what fits the screen
     assert "failed   gr=off,seed=0  [bold]no\\x1b[2J  1:01" in then
-    assert "started" not in then
+    assert then.count("started") == 1
+    assert "started  gr=off,seed=1 and 2 more  (log: a)" in then
 
 
 def test_a_long_name_on_a_narrow_terminal():

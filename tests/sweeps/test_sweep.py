@@ -266,7 +266,9 @@ def test_trials_that_are_trained_together(run, capsys):
     assert run(*flags) == 1
     output = capsys.readouterr()
     assert "9 to train in 3 programs" in output.err
-    assert "started  gr=off,lr.base=0.001,seed=0 and 2 more in one program\n" in output.err
+    log = run.out / "logs" / "gr=off,lr.base=0.001,seed=0.log"
+    first = f"started  gr=off,lr.base=0.001,seed=0 and 2 more in one program  (log: {log})\n"
+    assert first in output.err and log.exists()
     for gr in ("off", "zero"):
         assert f"done     gr={gr},lr.base=0.001,seed=0  test/error 0.00 %" in output.err
         assert f"done     gr={gr},lr.base=0.01,seed=0  test/error 10.00 %" in output.err
