@@ -17,9 +17,9 @@ Optuna draws, each with several seeds.
   python -m gnp.sweep --config=configs/digits.py --search 'lr.base=loguniform(1e-4,1e-2)' \\
       --trials=20 --out=runs/rates
 
-A trial is a run of gnp.train in OUT/trials/NAME; what it prints is in OUT/logs/NAME.log; with
---vmap, in that of the first of those in one program. The same command goes on with what is not done,
-and a grid may be given more values and seeds.
+A trial is a run of gnp.train in OUT/trials/NAME; what it prints is in OUT/logs/NAME.log, with
+--vmap in that of the first of its program. The same command goes on with what is not done, and a
+grid may be given more values and seeds.
 
 NAME is an argument of the config file (gr) or a field of the configuration (gr.radius). VALUES are
 a,b,c or START:STOP:STEP or linspace(START,STOP,COUNT) or logspace(START,STOP,COUNT); a value that

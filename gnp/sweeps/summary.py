@@ -1,4 +1,7 @@
-"""The table at the end of a sweep: each setting's mean over its seeds, best first."""
+"""The table at the end of a sweep: each setting's mean over its seeds, best first.
+
+Which runs count is as in reports (`gnp.analysis.comparison.has_diverged`).
+"""
 
 import math
 import statistics
@@ -8,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from gnp import data
+from gnp.analysis.runs import number
 from gnp.errors import unknown
 
 _PERCENT = ("error", "top5_error")
@@ -25,7 +29,7 @@ class Line(NamedTuple):
 def line(setting: str, results: Sequence[Mapping[str, Any] | None], metric: str) -> Line:
     """The line of a setting, from what its trials wrote when they ended (None: they have not)."""
     values = [value(result, metric) for result in results if result is not None]
-    return Line(setting, tuple(x for x in values if math.isfinite(x)), len(results))
+    return Line(setting, tuple(x for x in values if not math.isnan(x)), len(results))
 
 
 def choose_metric(asked: str | None, config: ConfigDict) -> str:
@@ -54,33 +58,48 @@ def choose_metric(asked: str | None, config: ConfigDict) -> str:
 
 
 def value(result: Mapping[str, Any] | None, metric: str) -> float:
-    """A metric of what a run wrote when it ended; NaN where it has none that is finite."""
+    """A metric of what a run wrote when it ended.
+
+    NaN where it has none that is finite, or has diverged: its last training loss or its test metric
+    is not finite.
+    """
+    result = result or {}
+    test = result.get("test")
+    words = isinstance(test, dict) and "perplexity" in test
+    needed = [metric, "test/perplexity" if words else "test/error"]
+    if result.get("train"):
+        needed.append("train/loss")
+    values = [_number(result, name) for name in needed]
+    return math.nan if any(map(math.isnan, values)) else values[0]
+
+
+def _number(result: Mapping[str, Any], metric: str) -> float:
     split, _, name = metric.partition("/")
-    values = (result or {}).get(split)
-    found = values.get(name) if isinstance(values, dict) else None
-    if not isinstance(found, int | float) or isinstance(found, bool):
-        return math.nan
-    return float(found)
+    values = result.get(split)
+    return number(values.get(name) if isinstance(values, dict) else None)
 
 
-def text(number: float, metric: str) -> str:
+def text(value: float, metric: str) -> str:
     """A metric's value for a person: errors in percent."""
-    if math.isnan(number):
+    if math.isnan(value):
         return "–"
     name = metric.partition("/")[2].removeprefix("ema_")
     if name in _PERCENT:
-        return f"{100 * number:.2f} %"
-    return f"{number:.2f}" if name == "perplexity" else f"{number:.4f}"
+        return f"{100 * value:.2f} %"
+    return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
 
 
 def table(lines: Sequence[Line], metric: str) -> str:
-    """Settings with the mean and the sample standard deviation of their values, best first."""
+    """Settings with the mean and the sample standard deviation of their values, best first.
+
+    Those of which a trial has none come after those that are complete.
+    """
 
     def mean(line: Line) -> float:
         return statistics.fmean(line.values) if line.values else math.inf
 
     rows = [("setting", metric, "std", "seeds")]
-    for line in sorted(lines, key=mean):
+    for line in sorted(lines, key=lambda line: (len(line.values) < line.trials, mean(line))):
         spread = statistics.stdev(line.values) if len(line.values) > 1 else math.nan
         seeds = f"{len(line.values)}"
         if len(line.values) < line.trials:

@@ -1,6 +1,7 @@
 """Slots, failures, the table, what the terminal shows, and groups that are trained together."""
 
 import io
+import json
 import math
 import os
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from gnp import config as gnp_config
+from gnp.analysis import comparison, runs
 from gnp.errors import UserError
 from gnp.sweeps import slots, summary
 from gnp.sweeps.display import Display, Row, duration
@@ -165,18 +167,44 @@ def test_values_of_results():
         assert math.isnan(summary.value(result, "test/error"))
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "has_diverged"),
+    [
+        ({"loss": 0.5}, {"error": 0.25}, False),
+        ({"loss": None}, {"error": 0.25}, True),
+        ({"loss": 0.5}, {"error": None}, True),
+        ({"loss": 0.5}, {"error": 0.25, "perplexity": 9.0}, False),
+        ({"loss": 0.5}, {"error": 0.25, "perplexity": None}, True),
+    ],
+)
+def test_a_run_that_has_diverged_counts_here_as_in_reports(train, test, has_diverged, tmp_path):
+    at = {"step": 1, "epoch": 1.0}
+    rows = [{"split": "train", **at, **train}, {"split": "test", **at, **test}]
+    result = {"train": train, "test": test, "validation": {"error": 0.125}}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert comparison.has_diverged(runs.load(tmp_path)) == has_diverged
+    for metric in ("test/error", "validation/error"):
+        assert math.isnan(summary.value(result, metric)) == has_diverged
+
+
 def test_settings_best_first_with_what_is_missing():
     values = [0.03125, 0.0625, 0.125]
     lines = [
         summary.line("b", [{"test": {"error": 0.5}}, None], "test/error"),
         summary.line("none", [None], "test/error"),
         summary.line("diverged", [{"test": {"error": None}}], "test/error"),
+        summary.line("early", [{"test": {"error": 0.01}}, None, None], "test/error"),
+        summary.line("c", [{"test": {"error": 0.75}}], "test/error"),
         summary.line("a", [{"test": {"error": x}} for x in values], "test/error"),
     ]
     mean, std = 100 * statistics.fmean(values), 100 * statistics.stdev(values)
     assert summary.table(lines, "test/error").splitlines() == [
         "setting   test/error     std  seeds",
         f"a             {mean:.2f} %  {std:.2f} %  3",
+        "c            75.00 %       –  1",
+        "early         1.00 %       –  1 of 3",
         "b            50.00 %       –  1 of 2",
         "none               –       –  0 of 1",
         "diverged           –       –  0 of 1",
