@@ -101,6 +101,12 @@ def _search(
             prune=flags.prune or "none",
         )
         _say(f"{flags.trials or 20} settings × {len(seeds)} seeds, judged by {metric}")
+        if flags.metric is None and metric.startswith("test/"):
+            _say(
+                "the test set chooses the settings, whose error on it is then too low; to have a "
+                "part of the training set choose them: --config.data.train=train[:90%] "
+                "--config.data.validation=train[90%:]"
+            )
         return _run(flags, out, source, Pool(places), metric)
 
 

@@ -183,6 +183,17 @@ def test_an_end_of_a_range_that_is_not_valid_is_refused(tmp_path):
         assert message in str(error.value)
 
 
+def test_a_search_says_that_the_test_set_chooses(run, capsys):
+    flags = ["--search", "lr.base=uniform(1e-3,1e-2)", "--trials=1", "--config.epochs=1"]
+    validation = ["--config.data.train=train[:90%]", "--config.data.validation=train[90%:]"]
+    for more, says in [([], True), (["--metric=test/error"], False), (validation, False)]:
+        run.out = run.out.with_name(f"sweep{len(more)}")
+        assert run(*flags, *more) == 0
+        error = capsys.readouterr().err
+        assert ("the test set chooses the settings" in error) == says
+        assert (" ".join(validation) in error) == says
+
+
 def test_a_search_from_the_flags(run, capsys):
     space, seeds, epochs = "lr.base=loguniform(1e-4,1e-2)", "--seeds=1", "--config.epochs=2"
     assert run("--search", space, seeds, epochs, "--trials=2") == 0
