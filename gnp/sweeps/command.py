@@ -13,7 +13,7 @@ from gnp.sweeps.display import Display
 from gnp.sweeps.jobs import Grid, Source
 from gnp.sweeps.parameters import parse_grid, parse_search, parse_seeds
 from gnp.sweeps.processes import Pool
-from gnp.sweeps.trials import Recipe, product, resolve, shell
+from gnp.sweeps.trials import Recipe, Trial, product, resolve, shell
 
 _WAIT_SECONDS = 0.5  # between two looks whether other processes have ended
 
@@ -63,7 +63,7 @@ def sweep(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
         directory.claim(out, here)
         directory.check(out, trials)
         if not is_array:
-            _wait_for_others(out)
+            _wait_for_others(out, trials, [] if flags.vmap else places)
         grid = Grid(out, trials, metric)
         if is_array:
             return _write_array_job(out, grid, options, flags.jobs)
@@ -110,11 +110,22 @@ def _search(
         return _run(flags, out, source, Pool(places), metric)
 
 
-def _wait_for_others(out: pathlib.Path) -> None:
-    """Waits for what a sweep that was killed has left running: it goes on to its end."""
-    if names := directory.in_training(out):
-        _say(f"other processes train {', '.join(names)}; waiting for their end")
-    while directory.in_training(out):
+def _wait_for_others(
+    out: pathlib.Path, trials: Sequence[Trial] = (), places: Sequence[slots.Slot] = ()
+) -> None:
+    """Waits for what a sweep that was killed has left running: it goes on to its end.
+
+    Not for one of these trials on one of these places, which it keeps while others run beside it.
+    """
+    names, said = {trial.name for trial in trials}, False
+    while others := [
+        name
+        for name, process in directory.in_training(out).items()
+        if name not in names or not any(place.holds(process) for place in places)
+    ]:
+        if not said:
+            _say(f"other processes train {', '.join(others)}; waiting for their end")
+        said = True
         time.sleep(_WAIT_SECONDS)
 
 

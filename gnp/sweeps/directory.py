@@ -10,6 +10,7 @@ Readers of runs need the work directories alone.
 import contextlib
 import json
 import pathlib
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -141,9 +142,21 @@ def result(out: pathlib.Path, trial: Trial) -> dict[str, Any] | None:
     return workdir.result(epath.Path(trial.workdir(out)))
 
 
-def in_training(out: pathlib.Path) -> list[str]:
-    """The trials that processes are training, such as those of a sweep that was killed."""
-    return sorted(path.name for path in (out / "trials").iterdir() if is_locked(path))
+def in_training(out: pathlib.Path) -> dict[str, int]:
+    """The trials that processes are training, such as those of a sweep that was killed.
+
+    And the number of each process on this machine, −1 if that is not known.
+    """
+    paths = sorted(path for path in (out / "trials").iterdir() if is_locked(path))
+    return {path.name: _holder(path / ".lock") for path in paths}
+
+
+def _holder(path: pathlib.Path) -> int:
+    try:
+        holder = json.loads(path.read_bytes())
+        return int(holder["process"]) if holder["host"] == socket.gethostname() else -1
+    except (OSError, ValueError, LookupError, TypeError):  # it is only for people
+        return -1
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which trial is next: in a grid, all that are not done, in order."""
 
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -58,10 +59,13 @@ class Grid:
 
     def __init__(self, out: pathlib.Path, trials: Sequence[Trial], metric: str):
         self._out, self._trials, self._metric = out, trials, metric
+        elsewhere = directory.in_training(out)
         self._results = {trial.name: directory.result(out, trial) for trial in trials}
         self.failed: dict[str, str] = {}
         self.unfinished = [trial for trial in trials if self._results[trial.name] is None]
-        self._jobs = [alone(out, trial) for trial in self.unfinished]
+        # First those that other processes train, which have their slots already.
+        first = sorted(self.unfinished, key=lambda trial: trial.name not in elsewhere)
+        self._jobs = [alone(out, trial, elsewhere.get(trial.name)) for trial in first]
         self._running: set[str] = set()
 
     def next(self) -> Job | None:
@@ -114,6 +118,9 @@ class Grid:
         ]
 
 
-def alone(out: pathlib.Path, trial: Trial) -> Job:
-    """The job that trains one trial."""
-    return Job(trial.name, (trial,), trial.command(out), trial.log(out))
+def alone(out: pathlib.Path, trial: Trial, process: int | None = None) -> Job:
+    """The job that trains one trial, after a process that does so now, if there is one."""
+    command = trial.command(out)
+    if process is not None:
+        command = [sys.executable, "-m", "gnp.sweeps.after", str(trial.workdir(out)), *command]
+    return Job(trial.name, (trial,), command, trial.log(out), process)

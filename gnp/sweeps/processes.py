@@ -24,12 +24,14 @@ class Job(NamedTuple):
       trials: these.
       command: its command line.
       log: the file to which its output is appended.
+      after: the number of a process that does it now, and leaves what it does not end; None: none.
     """
 
     name: str
     trials: tuple[Trial, ...]
     command: Sequence[str]
     log: pathlib.Path
+    after: int | None = None
 
 
 class Running(NamedTuple):
@@ -74,12 +76,14 @@ class Pool:
         return bool(self._free)
 
     def start(self, job: Job) -> None:
-        """Starts a job on a free slot.
+        """Starts a job on a free slot: that of the process that does it now, if there is one.
 
         Raises:
           UserError: if it cannot be started, or its log not be written.
         """
-        slot = self._free.pop(0)
+        free = [x for x in self._free if job.after is None or x.holds(job.after)] or self._free
+        slot = free[0]
+        self._free.remove(slot)
         try:
             with open(job.log, "ab") as log:
                 offset = log.seek(0, os.SEEK_END)

@@ -43,6 +43,8 @@ def run(source: Source, pool: Pool, display: Display, out: pathlib.Path, metric:
                     else:
                         # The log of trials in one program has the first one's name.
                         note = f"  (log: {job.log})" if len(job.trials) > 1 else ""
+                        if job.after is not None:
+                            note = "  (by another process, and here if that does not end it)"
                         display.started(job.name, note)
                 if not pool.running:
                     return stop.exit_code

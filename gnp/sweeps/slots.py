@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -28,6 +29,16 @@ class Slot(NamedTuple):
     def environment(self) -> dict[str, str]:
         """The variables that a process on it has beside this one's."""
         return {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
+
+    def holds(self, process: int) -> bool:
+        """Whether a process runs on it, by its number; False where that cannot be told."""
+        try:
+            environment = pathlib.Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            cores = os.sched_getaffinity(process)
+        except OSError:  # it has ended, is another user's, or this is not Linux
+            return False
+        devices = f"CUDA_VISIBLE_DEVICES={self.devices}".encode()
+        return (self.devices is None or devices in environment) and self.cores in (None, cores)
 
 
 def make(jobs: int, devices: str | None = None) -> list[Slot]:

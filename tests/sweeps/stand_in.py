@@ -14,6 +14,7 @@ import sys
 import time
 
 from gnp import config as gnp_config
+from gnp.sweeps import after
 
 
 def stop(number, frame):
@@ -70,6 +71,9 @@ def train_together(file, *flags):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     module, *arguments = sys.argv[2:]
+    if module == "gnp.sweeps.after":
+        sys.argv = [module, *arguments]
+        sys.exit(after.main())
     if module == "gnp.sweeps.group":
         sys.exit(train_together(*arguments))
     assert (sys.argv[1], module) == ("-m", "gnp.train"), sys.argv

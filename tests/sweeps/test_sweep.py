@@ -14,7 +14,6 @@ import time
 import optuna
 import pytest
 
-from gnp import files
 from gnp.errors import UserError
 from gnp.sweeps import progress
 from tests.runs import TINY
@@ -220,27 +219,102 @@ def test_two_sweeps_at_once_are_refused(run):
         run("--seeds=1")
 
 
-def test_what_a_killed_sweep_has_left_running_is_waited_for(run, capsys):
-    """It ends while the sweep waits, and is not trained again."""
-    assert run("--grid", "lr.base=1e-3", "--config.epochs=1") == 0
+@contextlib.contextmanager
+def another(workdir, environment):
+    """A process that trains there until it is told its result, or nothing."""
+    code = (
+        "import pathlib, sys; from gnp.files import lock\n"
+        "with lock(pathlib.Path(sys.argv[1])):\n"
+        "    print(flush=True); text = sys.stdin.read()\n"
+        "    if text: pathlib.Path(sys.argv[1], 'result.json').write_text(text)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [PYTHON, "-c", code, str(workdir)]
+    with subprocess.Popen(command, env={**os.environ, **environment}, **pipes) as process:
+        process.stdout.readline()
+        yield process
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_beside_what_a_killed_sweep_has_left_running_the_others_are_trained(run, capsys, ends):
+    """On the other device; what it has not ended is continued on its own."""
+    flags = ["--config.epochs=1", "--jobs=2", "--devices=4,5"]
+    names = [f"lr.base={rate},seed=0" for rate in ("0.1", "0.01", "0.001")]
+    assert run("--grid", "lr.base=1e-3", *flags) == 0
+    workdir = run.out / "trials" / names[2]
+    result = (workdir / "result.json").read_text()
+    (workdir / "result.json").unlink()
+    with another(workdir, {"CUDA_VISIBLE_DEVICES": "5"}) as process:
+
+        def end():
+            try:
+                wait_for(run.out / "trials" / names[1] / "result.json")
+            finally:
+                process.communicate(result if ends else "")
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        capsys.readouterr()
+        assert run("--grid", "lr.base=1e-1,1e-2,1e-3", *flags) == 0
+        thread.join()
+    output = capsys.readouterr()
+    assert f"started  {names[2]}  (by another process" in output.err and "3 done" in output.out
+    assert [run.starts(name)[0]["devices"] for name in names[:2]] == ["4", "4"]
+    assert [x["devices"] for x in run.starts(names[2])][1:] == ([] if ends else ["5"])
+
+
+@pytest.mark.parametrize("flags", [["--vmap"], ["--jobs=2", "--devices=4,5"]])
+def test_what_a_killed_sweep_has_left_running_elsewhere_is_waited_for(run, capsys, flags):
+    """It is in no slot of this sweep, or in one program with others; it is not trained again."""
+    flags = ["--config.epochs=1", *flags]
+    assert run("--grid", "lr.base=1e-3", *flags) == 0
     workdir = run.out / "trials" / "lr.base=0.001,seed=0"
     result = (workdir / "result.json").read_text()
     (workdir / "result.json").unlink()
-
-    def end():
-        (workdir / "result.json").write_text(result)
-        held.close()
-
-    with contextlib.ExitStack() as held:
-        held.enter_context(files.lock(workdir))
-        timer = threading.Timer(1.0, end)
+    with another(workdir, {"CUDA_VISIBLE_DEVICES": "6"}) as process:
+        timer = threading.Timer(1.0, process.communicate, [result])
         timer.start()
         capsys.readouterr()
-        assert run("--grid", "lr.base=1e-3,1e-2", "--config.epochs=1") == 0
+        assert run("--grid", "lr.base=1e-3,1e-2", *flags) == 0
         timer.join()
     error = capsys.readouterr().err
     assert error.startswith("other processes train lr.base=0.001,seed=0; waiting for their end\n")
     assert "started  lr.base=0.01,seed=0" in error and len(run.starts(workdir.name)) == 1
+
+
+def test_with_one_slot_what_was_left_running_has_it(run, capsys):
+    assert run("--grid", "lr.base=1e-3", "--config.epochs=1") == 0
+    workdir = run.out / "trials" / "lr.base=0.001,seed=0"
+    result = (workdir / "result.json").read_text()
+    (workdir / "result.json").unlink()
+    with another(workdir, {}) as process:
+        timer = threading.Timer(1.0, process.communicate, [result])
+        timer.start()
+        capsys.readouterr()
+        assert run("--grid", "lr.base=1e-2,1e-3", "--config.epochs=1") == 0
+        timer.join()
+    events = [line.split()[:2] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert events == [
+        *(["started", "lr.base=0.001,seed=0"], ["done", "lr.base=0.001,seed=0"]),
+        *(["started", "lr.base=0.01,seed=0"], ["done", "lr.base=0.01,seed=0"]),
+    ]
+    assert len(run.starts(workdir.name)) == 1
+
+
+@pytest.mark.slow
+def test_what_waits_for_another_process_ends_with_its_sweep(run):
+    """Or it would begin the trial beside that of the next sweep."""
+    workdir = run.out / "trials" / "a"
+    workdir.mkdir(parents=True)
+    command = [PYTHON, "-m", "gnp.sweeps.after", str(workdir), "/no/program"]
+    code = f"import subprocess; p = subprocess.Popen({command}); print(flush=True); p.wait()"
+    with another(workdir, {}) as process:
+        with subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE) as sweep:
+            sweep.stdout.readline()
+            time.sleep(2)
+            sweep.kill()
+            sweep.communicate(timeout=60)  # to the end of all who could write there
+        process.communicate("")
 
 
 def test_side_by_side_each_has_cores_of_its_own(run, monkeypatch):
