@@ -41,10 +41,10 @@ def labels(settings: Sequence[dict[str, Any]]) -> list[str]:
         return name not in _METHOD and len(pairs) == len(set(methods))
 
     names = [name for name in (settings[0] if settings else ()) if not follows(name)]
-    return [_label({name: values[name] for name in names}) for values in settings]
+    return [label({name: values[name] for name in names}) for values in settings]
 
 
-def _label(values: dict[str, Any]) -> str:
+def label(values: dict[str, Any]) -> str:
     """As "vit_ti, gr zero, lr 0.001, decay scheduled 5e-4"; "all" where nothing differs."""
     if values.get("gr.policy") == "off":
         values = {k: x for k, x in values.items() if not k.startswith("gr.") or k == "gr.policy"}
