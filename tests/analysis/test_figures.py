@@ -254,7 +254,7 @@ def test_a_seed_that_diverges_ends_the_mean():
     off, zero = lines(figure.axes[0])
     np.testing.assert_array_equal(np.isfinite(off.get_ydata()), np.arange(1, 11) <= 4)
     assert np.isfinite(zero.get_ydata()).all()
-    assert legend(figure)[0] == "gr off: diverged"
+    assert legend(figure)[0] == "gr off (1 of 2 diverged)"
 
 
 def test_panels_are_of_data_sets_and_models_and_a_setting_looks_alike_in_all():
@@ -438,6 +438,55 @@ def test_the_error_over_learning_rate_and_decay():
     star, cross = axes.lines
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (1e-4, 1e-5)
     assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (0.1, 1e-3)
+
+
+def test_what_survived_where_others_diverged_is_marked_and_never_the_best():
+    def grid(kind):
+        return [
+            made_run(
+                seed=seed,
+                shift=-0.1 if (rate, strength) == (1e-2, 1e-3) else 0.1 * rate,
+                diverges=3 if (rate, strength) == (1e-2, 1e-3) and seed else None,
+                lr_base=rate,
+                weight_decay_kind=kind,
+                weight_decay_value=strength,
+            )
+            for rate in (1e-3, 1e-2)
+            for strength in (1e-4, 1e-3, 1e-2)
+            for seed in SEEDS
+        ]
+
+    figure = figures.error_over_lr_and_decay(grid("l2"))
+    star, cross = figure.axes[0].lines
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (1e-3, 1e-4)
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (1e-2, 1e-3)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["2 of 3"]
+    assert legend(figure) == ["so many of the seeds diverged"]
+
+    figure = figures.error_against_decay([r for r in grid("l2") if r.setting("lr.base") == 1e-2])
+    (bar,) = figure.axes[0].containers
+    ends = [len(segment) for segment in bar.lines[2][0].get_segments()]
+    assert ends == [2, 0, 2], "one seed has no deviation"
+    (cross,) = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (1e-3, pytest.approx(10))
+    assert legend(figure) == ["all (2 of 9 diverged)"]
+
+    figure = figures.loss_against_error(grid("l2"))
+    assert [label for label in legend(figure) if "diverged" in label] == [
+        "lr 0.01, decay 0.001 (2 of 3 diverged)"
+    ]
+
+
+def test_policies_of_which_seeds_diverged_say_so(check):
+    runs = [*seeds(gr_policy="off"), made_run(gr_policy="r")]
+    runs += [made_run(gr_policy="r", seed=seed, diverges=2) for seed in (1, 2)]
+    runs += [made_run(gr_policy="zero", seed=seed, diverges=2) for seed in SEEDS]
+    figure = figures.error_by_policy(runs)
+    check(figure)
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        *("× 2 of 3 diverged", "× 3 of 3 diverged"),
+    ]
+    assert legend(figure) == ["gr off", "gr r", "gr zero"]
 
 
 def test_the_contour_has_a_panel_an_optimizer_and_needs_more_than_a_line():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.tri import Triangulation
@@ -20,21 +21,29 @@ from gnp.errors import UserError
 
 _Key = TypeVar("_Key", bound=Hashable)
 
+# What marks a point of which seeds diverged.
+_CROSS: dict[str, Any] = {
+    **{"color": VERMILION, "marker": "x", "linestyle": "none", "clip_on": False},
+    **{"markersize": 9, "markeredgewidth": 2.5, "zorder": 5},
+}
+
 
 @styled
 def error_against_decay(runs: Sequence[Run]) -> Figure:
     """The final test error against the strength of the decay, as in Figures 10 and 16.
 
-    A line is an optimizer, a kind of decay, …; horizontal ones are of runs without decay.
+    A line is an optimizer, a kind of decay, …; horizontal ones are of runs without decay. Of
+    strengths with a cross some seeds diverged, and the mean is of the others; at the upper edge all
+    did.
 
     Raises:
       UserError: if no data set and model has finished runs of two strengths above 0.
     """
-    runs = settings.finished(runs, "the error against weight decay")
+    runs = settings.ended(runs, "the error against weight decay")
     by_panel = {
         name: inner
         for name, inner in settings.panels(runs).items()
-        if len({*map(_strength, inner)} - {0.0}) > 1
+        if len({*map(_strength, settings.survivors(inner))} - {0.0}) > 1
     }
     if not by_panel:
         raise UserError(
@@ -50,6 +59,7 @@ def error_against_decay(runs: Sequence[Run]) -> Figure:
         for setting in found:
             members = settings.inside(setting, inner)
             by_strength = _finals(members, _strength)
+            lost = _lost(members, _strength)
             style = look[setting.label]
             if without := by_strength.pop(0.0, None):
                 entries[setting.label] = axes.axhline(
@@ -59,13 +69,22 @@ def error_against_decay(runs: Sequence[Run]) -> Figure:
                 strengths = sorted(by_strength)
                 seeds = [by_strength[strength] for strength in strengths]
                 means = np.array([np.mean(values) for values in seeds])
-                std = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in seeds])
+                std = np.array([np.std(v, ddof=1) if len(v) > 1 else np.nan for v in seeds])
                 entries[setting.label] = axes.errorbar(
                     np.array(strengths), means, yerr=std, **style
                 )
-        axes.set(xlabel="weight decay λ", ylabel=settings.metric_label(inner))
+            for strength in {*lost} - {0.0}:
+                here = by_strength.get(strength)
+                units = axes.transData if here else axes.get_xaxis_transform()
+                axes.plot(
+                    strength,
+                    np.mean(here or 1),
+                    transform=units,
+                    **_CROSS | {"color": style["color"]},
+                )
+        axes.set(xlabel="weight decay λ", ylabel=settings.metric_label(settings.survivors(inner)))
         _log_x(axes, [_strength(run) for run in inner])
-    many_runs.legend(figure, many_runs.in_order(entries, found), note)
+    many_runs.legend(figure, many_runs.named(entries, found), note)
     return figure
 
 
@@ -74,23 +93,23 @@ def error_over_lr_and_decay(runs: Sequence[Run]) -> Figure:
     """The final test error over learning rate and weight decay, as in Figure 11.
 
     A panel is an optimizer, a kind of decay, …; the surface is linear between the points that were
-    measured, each the mean over its seeds, and the star is the least. Crosses came to no end, or
-    diverged.
+    measured, each the mean over its seeds. At crosses seeds diverged, as many as stand beside them;
+    the mean is of the others. The star is the least of the points without a cross.
 
     Raises:
       UserError: if no optimizer has finished runs of two learning rates with two strengths each.
     """
-    ended = settings.finished(runs, "the error over learning rate and weight decay")
+    ended = settings.ended(runs, "the error over learning rate and weight decay")
     means: dict[str, dict[tuple[float, float], float]] = {}
-    lost: dict[str, set[tuple[float, float]]] = {}
-    found, note = settings.best(settings.of(runs, ("lr.base", "weight_decay.value")))
+    lost: dict[str, dict[tuple[float, float], str]] = {}
+    found, note = settings.best(settings.of(ended, ("lr.base", "weight_decay.value")))
     for setting in found:
-        finals = _finals(settings.inside(setting, ended), _rate_and_strength)
+        finals = _finals(setting.runs, _rate_and_strength)
         points = {point: float(np.mean(v)) for point, v in finals.items() if min(point) > 0}
         if _spans_a_surface(list(points)):
             means[setting.label] = points
-            asked = {_rate_and_strength(run) for run in setting.runs}
-            lost[setting.label] = {point for point in asked - {*points} if min(point) > 0}
+            crosses = _lost(setting.runs, _rate_and_strength)
+            lost[setting.label] = {at: num for at, num in crosses.items() if min(at) > 0}
     if not means:
         raise UserError(
             "the error over learning rate and weight decay needs finished runs on a grid of two of "
@@ -101,6 +120,7 @@ def error_over_lr_and_decay(runs: Sequence[Run]) -> Figure:
     low, high = float(together.min()), float(together.max())
     high = max(high, low * (1 + 1e-6), low + 1e-9)  # where all are equal
     colors: dict[str, Any] = {"cmap": "cividis", "vmin": low, "vmax": high}
+    entries: many_runs.Entries = {}
     for axes, (label, points) in zip(places, means.items(), strict=True):
         x, y = np.array(list(points)).T
         z = np.array(list(points.values()))
@@ -114,16 +134,20 @@ def error_over_lr_and_decay(runs: Sequence[Run]) -> Figure:
             "clip_on": False,
         }
         axes.scatter(x, y, c=z, **dots, **colors)
-        star: dict[str, Any] = {"color": "white", "markersize": 17, "markeredgecolor": "black"}
-        axes.plot(x[z.argmin()], y[z.argmin()], "*", **star, zorder=4, clip_on=False)
-        for point in lost[label]:
-            axes.plot(*point, "x", color=VERMILION, markersize=8, markeredgewidth=2, clip_on=False)
+        if whole := {at: mean for at, mean in points.items() if at not in lost[label]}:
+            star: dict[str, Any] = {"color": "white", "markersize": 17, "markeredgecolor": "black"}
+            axes.plot(*min(whole, key=whole.__getitem__), "*", **star, zorder=4, clip_on=False)
+        for point, num in lost[label].items():
+            (entries["so many of the seeds diverged"],) = axes.plot(*point, **_CROSS)
+            beside = axes.annotate(num, point, (7, 3), textcoords="offset points", color="white")
+            beside.set_path_effects([patheffects.withStroke(linewidth=2.4, foreground="black")])
         axes.set(xlabel="learning rate", ylabel="weight decay λ", yscale="log")
         _log_x(axes, x)
         label_decades(axes, "y", np.log10(y.max() / y.min()))
         axes.grid(visible=False)
     bar = figure.colorbar(bands, ax=places, format="{x:.4g}")
-    bar.set_label(settings.metric_label(ended))
+    bar.set_label(settings.metric_label(settings.survivors(ended)))
+    many_runs.legend(figure, entries)
     return figure
 
 
@@ -131,33 +155,33 @@ def error_over_lr_and_decay(runs: Sequence[Run]) -> Figure:
 def loss_against_error(runs: Sequence[Run]) -> Figure:
     """Final training loss against final test error, a point a run, as in Figures 15 and 19.
 
-    Of settings with equal training losses the lower ones generalise better.
+    Of settings with equal training losses the lower ones generalise better. The legend says how
+    many runs of a setting diverged; they have no point.
 
     Raises:
       UserError: if no run came to its end with both finite.
     """
-    ended = settings.finished(runs, "the training loss against the test error")
-    ended = [run for run in ended if np.isfinite(run.final("train", "loss"))]
-    if not ended:
+    ended = settings.ended(runs, "the training loss against the test error")
+    drawn = [r for r in settings.survivors(ended) if np.isfinite(r.final("train", "loss"))]
+    if not drawn:
         raise UserError("this figure needs finished runs with a finite training loss")
     found, note = settings.best(settings.of(ended))
     look = settings.looks(found)
-    by_panel = settings.panels(ended)
+    by_panel = settings.panels(drawn)
     figure, places = many_runs.grid(list(by_panel))
     entries: many_runs.Entries = {}
     for axes, inner in zip(places, by_panel.values(), strict=True):
         for setting in found:
             seeds = settings.inside(setting, inner)
-            if seeds:
-                losses = [run.final("train", "loss") for run in seeds]
-                errors = [settings.final(run) for run in seeds]
-                style = {**look[setting.label], "linestyle": "none", "markersize": 7, "alpha": 0.8}
-                (entries[setting.label],) = axes.plot(losses, errors, **style)
+            losses = [run.final("train", "loss") for run in seeds]
+            errors = [settings.final(run) for run in seeds]
+            style = {**look[setting.label], "linestyle": "none", "markersize": 7, "alpha": 0.8}
+            (entries[setting.label],) = axes.plot(losses, errors, **style)
         axes.set(xlabel="training loss", ylabel=settings.metric_label(inner))
         losses = [run.final("train", "loss") for run in inner]
         if min(losses) > 0 and max(losses) > 10 * min(losses):
             _log_x(axes, losses)
-    many_runs.legend(figure, many_runs.in_order(entries, found), note)
+    many_runs.legend(figure, many_runs.named(entries, found), note)
     return figure
 
 
@@ -173,11 +197,19 @@ def _rate_and_strength(run: Run) -> tuple[float, float]:
 
 
 def _finals(runs: Iterable[Run], key: Callable[[Run], _Key]) -> dict[_Key, list[float]]:
-    """The final errors by a key of the runs."""
+    """The final errors by a key of the runs, without those that diverged."""
     values: dict[_Key, list[float]] = {}
-    for run in runs:
+    for run in settings.survivors(runs):
         values.setdefault(key(run), []).append(settings.final(run))
     return values
+
+
+def _lost(runs: Iterable[Run], key: Callable[[Run], _Key]) -> dict[_Key, str]:
+    """How many diverged by a key of the runs, of those keys only where any did."""
+    by_key: dict[_Key, list[Run]] = {}
+    for run in runs:
+        by_key.setdefault(key(run), []).append(run)
+    return {each: num for each, seeds in by_key.items() if (num := settings.diverged(seeds))}
 
 
 def _spans_a_surface(points: Sequence[tuple[float, float]]) -> bool:

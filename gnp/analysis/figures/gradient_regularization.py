@@ -25,13 +25,15 @@ def error_by_policy(runs: Sequence[Run]) -> Figure:
     """The final test error by warmup policy, as in Figure 1.
 
     A row is a setting (model, optimizer, …) and a panel a data set. Large points are the means over
-    seeds with ± one sample standard deviation, small ones the seeds.
+    seeds with ± one sample standard deviation, small ones the seeds; those that diverged are
+    counted at the right.
 
     Raises:
       UserError: if no setting has finished runs of two policies (gr.policy) or more.
     """
-    runs = settings.finished(runs, "the error by policy")
+    runs = settings.ended(runs, "the error by policy")
     rows = settings.of(runs, ("gr.policy", "data.name"))
+    rows = [row for row in rows if settings.survivors(row.runs)]
     rows, note = settings.best([row for row in rows if len({*map(_policy, row.runs)}) > 1])
     if not rows:
         raise UserError(
@@ -49,15 +51,20 @@ def error_by_policy(runs: Sequence[Run]) -> Figure:
     for axes, name in zip(places, data, strict=True):
         of_data = [run for run in runs if text(run.setting("data.name")) == name]
         axes.set_title(many_runs.wrapped(name, 3.4) if len(data) > 1 else "", loc="left")
-        axes.set_xlabel(settings.metric_label(of_data))
+        axes.set_xlabel(settings.metric_label(settings.survivors(of_data) or of_data))
         for place, row in enumerate(rows):
             for index, policy in enumerate(policies):
                 seeds = [r for r in settings.inside(row, of_data) if _policy(r) == policy]
                 if not seeds:
                     continue
-                values = np.array([settings.final(run) for run in seeds])
+                finals = [settings.final(run) for run in settings.survivors(seeds)]
+                values = np.array(finals or [np.nan])
                 y = place + 0.8 * ((index + 0.5) / len(policies) - 0.5)
                 color = COLORS[index % len(COLORS)]
+                if num := settings.diverged(seeds):
+                    edge = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+                    says = f"× {num} diverged"
+                    axes.annotate(says, (1, y), (4, 0), va="center", color=color, **edge)
                 look = {"color": color, "marker": MARKERS[index], "linestyle": "none"}
                 std = values.std(ddof=1) if len(values) > 1 else None
                 entries[f"gr {policy}"] = axes.errorbar(

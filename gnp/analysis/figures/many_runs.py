@@ -11,7 +11,7 @@ from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gnp.analysis.comparison import Setting, has_finished
+from gnp.analysis.comparison import Setting, has_diverged, has_finished
 from gnp.analysis.figures import settings
 from gnp.analysis.figures.one_run import NOISY, running_mean
 from gnp.analysis.figures.settings import Look
@@ -194,11 +194,11 @@ def draw_settings(
                 suffixes[setting.label] = last(of) if len(places) == 1 else ""
         axes.set(xlabel=xlabel, ylabel=ylabel)
         finish_curves(axes)
-    named = {
+    labelled = {
         _name(setting, suffixes[setting.label]) + left_out(setting): entries[setting.label]
         for setting in found
     }
-    legend(figure, named, note)
+    legend(figure, labelled, note)
     return figure
 
 
@@ -212,10 +212,16 @@ def _name(setting: Setting, suffix: str) -> str:
 
 def _last(of: Curve, unit: str) -> str:
     if not np.isfinite(of.mean[-1]):
-        return ": diverged"
+        return ""  # which `left_out` tells
     mean, std = (".2f", ".2f") if unit else (".4g", ".2g")
     spread = "" if of.std is None else f" ± {of.std[-1]:{std}}"
     return f": {of.mean[-1]:{mean}}{spread} {unit}".rstrip()
+
+
+def named(entries: Entries, found: Sequence[Setting]) -> Entries:
+    """The entries in the order of the settings, each with what of it is left out."""
+    of = {setting.label: setting for setting in found}
+    return {label + left_out(of[label]): x for label, x in in_order(entries, found).items()}
 
 
 def in_order(entries: Entries, found: Sequence[Setting]) -> Entries:
@@ -260,8 +266,12 @@ def wrapped(text: str, inches: float) -> str:
 
 
 def left_out(setting: Setting) -> str:
-    """What a legend says of a setting whose runs have not ended, or not all of them."""
-    num = sum(map(has_finished, setting.runs))
-    if num == 0:
+    """What a legend says of a setting of which runs have not ended, or diverged."""
+    total = len(setting.runs)
+    ended = [run for run in setting.runs if has_finished(run) or has_diverged(run)]
+    if not ended:
         return " (not finished)"
-    return f" ({num} of {len(setting.runs)} runs)" if num < len(setting.runs) else ""
+    says = [f"{len(ended)} of {total} runs"] if len(ended) < total else []
+    if lost := settings.diverged(ended):
+        says.append("diverged" if total == 1 else f"{lost} diverged")
+    return f" ({', '.join(says)})" if says else ""

@@ -102,24 +102,38 @@ def complete(runs: Sequence[Run]) -> list[Run]:
 
 
 def final(run: Run) -> float:
-    """What the run is judged by: its final test error in percent, or a text's perplexity."""
+    """What the run is judged by: its final test error in percent, or a text's perplexity.
+
+    NaN of one that diverged: what its parameters had come to be is no result.
+    """
+    if comparison.has_diverged(run):
+        return np.nan
     metric = comparison.metric(run)
     value = run.final("test", metric)
     return (100 if metric == "error" else 1) * value if np.isfinite(value) else np.nan
 
 
-def finished(runs: Sequence[Run], what: str) -> list[Run]:
-    """The runs that came to their end and have not diverged.
+def ended(runs: Sequence[Run], what: str) -> list[Run]:
+    """The runs that came to their end, or diverged.
 
     Raises:
-      UserError: if there is none.
+      UserError: if all of them diverged.
     """
-    found = [
-        run for run in runs if comparison.has_finished(run) and not comparison.has_diverged(run)
-    ]
-    if not found:
+    found = [run for run in runs if comparison.has_finished(run) or comparison.has_diverged(run)]
+    if not survivors(found):
         raise UserError(f"{what} needs runs that came to their end and have not diverged")
     return found
+
+
+def survivors(runs: Iterable[Run]) -> list[Run]:
+    """Of runs that have `ended` those that did not diverge."""
+    return [run for run in runs if not comparison.has_diverged(run)]
+
+
+def diverged(runs: Sequence[Run]) -> str:
+    """How many of the runs diverged, as "2 of 3"; empty where none did."""
+    count = sum(map(comparison.has_diverged, runs))
+    return f"{count} of {len(runs)}" if count else ""
 
 
 def metric_label(runs: Sequence[Run]) -> str:

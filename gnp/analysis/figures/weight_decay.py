@@ -170,10 +170,7 @@ def scheduled_decay(runs: Sequence[Run]) -> Figure:
                     entries[setting.label] = line
             axes.set(xlabel="epoch", ylabel=label)
             many_runs.finish_curves(axes)
-    lefts = {setting.label: many_runs.left_out(setting) for setting in found}
-    ordered = many_runs.in_order(entries, found)
-    named = {label + lefts[label]: line for label, line in ordered.items()}
-    many_runs.legend(figure, named, note)
+    many_runs.legend(figure, many_runs.named(entries, found), note)
     return figure
 
 
