@@ -49,7 +49,7 @@ class Settings:
       trace_probes: random vectors of the trace, among which those starts count.
       radius: ρ of SAM's sharpness.
       ascents: steps of projected gradient ascent after its first.
-      surface: points on a side of the loss surface, 0 for none; it has n² of them.
+      surface: points on a side of the loss surface, odd, 0 for none; it has n² of them.
       extent: the surface reaches from −extent to extent, in units of the filters' norms.
       max_examples: only the first so many of the split; None for all.
       seed: of everything random.
@@ -79,6 +79,11 @@ class Settings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value}; it must be more than 0, and finite")
+        if self.surface and (self.surface < 3 or self.surface % 2 == 0):
+            raise UserError(
+                f"surface is {self.surface}; it must be odd and 3 or more, so that the point in "
+                "the middle is the parameters, or 0 for none"
+            )
         if self.surface > _LARGEST_SURFACE:
             raise UserError(
                 f"surface is {self.surface}, which is {self.surface**2:,} passes over the data; "

@@ -570,6 +570,18 @@ def test_a_loss_surface_with_nothing_finite_is_left_out(measured, tmp_path, chec
         figures.loss_surface([lost])
 
 
+def test_a_loss_surface_of_one_point_is_none(measured, tmp_path):
+    """As older versions measured with --surface=1."""
+    point = measured_run(tmp_path, gr_policy="r")
+    path = tmp_path / "sharpness.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    one = {"x": [0.0], "y": [0.0], "loss": [[1.0]]}
+    path.write_text("".join(json.dumps(row | {"surface": one}) + "\n" for row in rows))
+    assert len(figures.loss_surface([*measured, point]).axes) == 3
+    with pytest.raises(UserError, match="--surface=21"):
+        figures.loss_surface([point])
+
+
 def test_runs_that_were_not_measured_say_how_to(tmp_path):
     for name in MEASURED:
         with pytest.raises(UserError, match=r"gnp\.evaluate .*--sharpness"):

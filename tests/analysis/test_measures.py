@@ -125,7 +125,9 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path):
         ({"ascents": -1}, "ascents is -1; it must be 0 or more"),
         ({"radius": 0.0}, "radius is 0.0; it must be more than 0, and finite"),
         ({"extent": math.inf}, "extent is inf"),
-        ({"surface": 500}, "surface is 500, which is 250,000 passes"),
+        ({"surface": 501}, "surface is 501, which is 251,001 passes"),
+        ({"surface": 1}, "surface is 1; it must be odd and 3 or more"),
+        ({"surface": 20}, "surface is 20; it must be odd and 3 or more"),
         ({"eigenvalues": 50}, "lanczos_steps is 40, which gives at most as many eigenvalues"),
         ({"trace_probes": 1}, "trace_probes is 1, but the 2 of density_probes are among them"),
     ],
@@ -136,6 +138,6 @@ def test_settings_that_make_no_sense(values, message):
 
 
 def test_how_many_passes_the_measures_take():
-    some = Settings(lanczos_steps=10, density_probes=2, trace_probes=5, ascents=3, surface=4)
+    some = Settings(lanczos_steps=10, density_probes=2, trace_probes=5, ascents=3, surface=5)
     # the gradient, Lanczos, what is left of the trace, SAM's gradients and its loss, the surface
-    assert some.num_passes == 1 + 2 * 10 + 3 + 3 + 1 + 16
+    assert some.num_passes == 1 + 2 * 10 + 3 + 3 + 1 + 25

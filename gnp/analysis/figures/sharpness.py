@@ -177,9 +177,9 @@ def _measured(runs: Sequence[Run], key: str) -> dict[int, list[_Row]]:
 
 
 def _has(value: Any) -> bool:
-    """Whether a measure is there: a finite number, or lists that are not empty."""
+    """Whether a measure is there: a finite number, a list, lists of more than a point."""
     if isinstance(value, dict):
-        return any(value.values())
+        return all(len(numbers) > 1 for numbers in value.values())
     return bool(value) if isinstance(value, list) else bool(np.isfinite(number(value)))
 
 
