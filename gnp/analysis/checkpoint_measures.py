@@ -42,10 +42,10 @@ def measure_checkpoints(
 ) -> Iterator[dict[str, Any]]:
     """Measures checkpoints one after another, and appends each to the run's `sharpness.jsonl`.
 
-    What has been measured of the same checkpoint with the same settings is read from there. In
-    float32, on one device, over the split "train" as in evaluation: no augmentation, no dropout,
-    running statistics, and the cross-entropy without an L2 penalty. All checkpoints see the same
-    random vectors.
+    What has been measured of the same checkpoint with the same settings is read from there, the
+    loss surface and all else each by itself. In float32, on one device, over the split "train" as
+    in evaluation: no augmentation, no dropout, running statistics, and the cross-entropy without an
+    L2 penalty. All checkpoints see the same random vectors.
 
     Args:
       config: the run's.
@@ -64,32 +64,41 @@ def measure_checkpoints(
     config = on_one_device(config)
     checkpoints = Checkpoints(workdir, config=essential(config))
     config.dtype = "float32"
-    there, asked = checkpoints.steps(), dataclasses.asdict(settings)
+    there = checkpoints.steps()
     wanted = sorted(there if steps is None else steps)
     sums = {step: checkpoints.checksum(step) for step in there}
-    done = {
-        row["step"]: row
-        for row in measures.load_all(workdir)
+    rows: dict[int, list[dict[str, Any]]] = {step: [] for step in wanted}
+    for old in measures.load_all(workdir):
         # A run that was begun anew has other values at the same step.
-        if row["settings"] == asked
-        and row["checksum"] in (None, sums.get(row["step"], row["checksum"]))
-    }
+        if old["checksum"] in (None, sums.get(old["step"], old["checksum"])):
+            rows.setdefault(old["step"], []).append(old)
+    known = {step: measures.known(rows[step], settings) for step in wanted}
     if not wanted:
         raise UserError(f"no checkpoint in {workdir}; has the run been started?")
     for step in wanted:
-        if step not in there and step not in done:
+        if step not in there and None in known[step]:
             raise UserError(f"no checkpoint of step {step} in {workdir}; there are {there[::-1]}")
     measured: _Measured | None = None
     for step in wanted:
-        if step not in done:
+        row, plane = known[step]
+        missing = (row is None) * settings.num_passes + (plane is None) * settings.surface**2
+        if missing:
             if measured is None:
                 measured = _Measured(config, settings, on_pass)
-            on_start(step, settings.num_passes)
-            row = measured(checkpoints.restore(measured.experiment.abstract_state, step))
-            row["checksum"] = sums[step]
+            on_start(step, missing)
+            state = checkpoints.restore(measured.experiment.abstract_state, step)
+            row = row or measured.but_surface(state)
+            plane = plane or {"surface": measured.surface(state, row)}
+        assert row is not None and plane is not None
+        row = {
+            **row,
+            "surface": plane["surface"],
+            "settings": dataclasses.asdict(settings),
+            "checksum": sums.get(step, row["checksum"]),
+        }
+        if missing:
             measures.append(workdir, row)
-            done[step] = row
-        yield done[step]
+        yield row
 
 
 class _Measured:
@@ -100,18 +109,21 @@ class _Measured:
         _check_memory(self.experiment, settings)
         self._settings, self._on_pass = settings, on_pass
         self._data = self.experiment.load_data()
-        self._loss: MeanLoss | None = None
+        self._mean_loss: MeanLoss | None = None
 
-    def __call__(self, state: TrainState) -> dict[str, Any]:
-        """The row of a state."""
-        settings, experiment = self._settings, self.experiment
-        if self._loss is None:
-            self._loss = split_loss(
-                *(experiment.model, self._data, _SPLIT, experiment.mesh, state),
-                max_examples=settings.max_examples,
+    def _loss(self, state: TrainState) -> MeanLoss:
+        if self._mean_loss is None:
+            self._mean_loss = split_loss(
+                *(self.experiment.model, self._data, _SPLIT, self.experiment.mesh, state),
+                max_examples=self._settings.max_examples,
                 on_pass=self._on_pass,
             )
-        loss, others = self._loss, state.model_state
+        return self._mean_loss
+
+    def but_surface(self, state: TrainState) -> dict[str, Any]:
+        """The row of a state, without the loss surface."""
+        settings, experiment = self._settings, self.experiment
+        loss, others = self._loss(state), state.model_state
         here, grad = loss.value_and_grad(state.params, others)
         grad_norm = float(optax.tree.norm(grad))
         rates = adaptive_rates(state.opt_state, experiment.config.optimizer)
@@ -133,8 +145,7 @@ class _Measured:
             "radius": settings.radius,
             "adaptive_lr_variance": rates.variance,
             "adaptive_lr_spread": rates.spread,
-            "surface": None,
-            "settings": dataclasses.asdict(settings),
+            "checksum": None,
         }
         if math.isfinite(here) and math.isfinite(grad_norm):
             row |= _spectrum(lambda v: loss.hvp(state.params, v, others), state.params, settings)
@@ -146,10 +157,23 @@ class _Measured:
                 num_ascents=settings.ascents,
                 at_params=(here, grad),
             )
-            row["surface"] = _surface(
-                lambda params: loss.value(params, others), state.params, settings
-            )
         return row
+
+    def surface(self, state: TrainState, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The loss surface of a state, whose other measures are known."""
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            return None
+        loss, settings, params = self._loss(state), self._settings, state.params
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), 1))
+        places = np.linspace(-settings.extent, settings.extent, settings.surface)
+        values = loss_surface(
+            lambda moved: loss.value(moved, state.model_state),
+            params,
+            (direction(keys[0], params), direction(keys[1], params)),
+            *(places, places),
+        )
+        x = _rounded(places)
+        return {"x": x, "y": x, "loss": [_rounded(line) for line in values]}
 
 
 class AdaptiveRates(NamedTuple):
@@ -227,21 +251,6 @@ def _spectrum(matvec: sharpness.Matvec, like: Any, settings: Settings) -> dict[s
         **{"trace": trace, "trace_error": trace_error},
         "density": {"eigenvalue": _rounded(grid), "density": _rounded(density)},
     }
-
-
-def _surface(
-    loss: Callable[[Any], float], params: Any, settings: Settings
-) -> dict[str, Any] | None:
-    if not settings.surface:
-        return None
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), 1))
-    places = np.linspace(-settings.extent, settings.extent, settings.surface)
-    values = loss_surface(
-        *(loss, params, (direction(keys[0], params), direction(keys[1], params))),
-        *(places, places),
-    )
-    x = _rounded(places)
-    return {"x": x, "y": x, "loss": [_rounded(row) for row in values]}
 
 
 def _rounded(values: np.ndarray) -> list[float]:

@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -35,6 +36,8 @@ NAME = "sharpness.jsonl"
 _MAX_BYTES = 256_000_000  # of the file
 _LARGEST_SURFACE = 201  # points on a side
 
+_OF_SURFACE = {"surface", "extent"}  # settings of the surface alone
+_ITS_OWN = _OF_SURFACE | {"max_examples", "seed"}  # all that it depends on
 _NUMBERS = ("loss", "grad_norm", "weight_norm", "trace", "trace_error", "sam_sharpness", "radius")
 
 
@@ -102,9 +105,9 @@ class Settings:
 
     @property
     def num_passes(self) -> int:
-        """How often a checkpoint's measures go over the data."""
+        """How often a checkpoint's measures go over the data, the surface's aside, which is n²."""
         products = self.density_probes * (self.lanczos_steps - 1) + self.trace_probes
-        return 1 + products + self.ascents + 1 + self.surface**2
+        return 1 + products + self.ascents + 1
 
 
 def load(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -142,6 +145,36 @@ def load_all(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 )
             rows.append(row)
     return rows
+
+
+def current(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """As `load_all`, without the rows of checkpoints that a run begun anew has replaced."""
+    rows = load_all(workdir)
+    newest = {row["step"]: row["checksum"] for row in rows}
+    return [row for row in rows if row["checksum"] in (None, newest[row["step"]])]
+
+
+def known(
+    rows: Sequence[dict[str, Any]], settings: Settings
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Which rows of a checkpoint have what is asked, so that only the rest is measured.
+
+    Args:
+      rows: the checkpoint's, in the order in which they were measured.
+      settings: what is asked.
+
+    Returns:
+      The newest row with all but the surface, and the newest one with the surface (where none is
+      asked for, one whose surface is None); None for what has not been measured.
+    """
+    asked = dataclasses.asdict(settings)
+
+    def newest(names: Iterable[str]) -> dict[str, Any] | None:
+        found = (x for x in reversed(rows) if all(x["settings"].get(n) == asked[n] for n in names))
+        return next(found, None)
+
+    surface = newest(_ITS_OWN) if settings.surface else {"surface": None}
+    return newest(asked.keys() - _OF_SURFACE), surface
 
 
 def append(workdir: str | os.PathLike[str], row: dict[str, Any]) -> None:

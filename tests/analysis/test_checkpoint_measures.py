@@ -1,5 +1,6 @@
 """Sharpness of models on data sets, and at a run's checkpoints."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -216,8 +217,8 @@ def test_the_measures_of_a_runs_checkpoints(finished):
         )
     )
     assert [row["step"] for row in rows] == [10, 14]
-    assert started == [(10, settings.num_passes), (14, settings.num_passes)]
-    assert len(passes) == 2 * settings.num_passes
+    each = settings.num_passes + 3**2
+    assert started == [(10, each), (14, each)] and len(passes) == 2 * each
     row = measures.load(workdir)[-1]
     assert row == rows[-1]
     assert row["epoch"] == pytest.approx(14 * 100 / 1437)
@@ -278,13 +279,30 @@ def test_the_command_line_measures_what_has_not_been_measured(finished, tmp_path
     assert again[0]["radius"] == 0.1 and again[0]["eigenvalues"] == row["eigenvalues"]
     assert [r["radius"] for r in measures.load_all(workdir)] == [0.05, 0.05, 0.1]
 
+    # The surface and all else are measured once, whatever they are asked for with
+    started = []
+
+    def measured(settings):
+        noted = {"steps": [10], "on_start": lambda step, passes: started.append(passes)}
+        return next(measure_checkpoints(make_config(), workdir, settings, **noted))
+
+    plain = dataclasses.replace(other, radius=0.2)
+    surface = dataclasses.replace(other, surface=3)
+    first = measured(surface)
+    assert first["eigenvalues"] == row["eigenvalues"] and len(first["surface"]["x"]) == 3
+    assert measured(plain)["surface"] is None
+    assert measured(dataclasses.replace(plain, surface=3))["surface"] == first["surface"]
+    assert measured(surface) == first and measured(other)["surface"] is None
+    assert started == [9, 6]
+    assert measures.load_all(workdir)[-2]["surface"] == first["surface"]
+
     # A run that was begun anew in the same directory
     path = workdir / "sharpness.jsonl"
     path.write_text(
         path.read_text().replace(f'"checksum": {again[0]["checksum"]}', '"checksum": 1')
     )
     [anew] = measure_checkpoints(make_config(), workdir, other, steps=[10])
-    assert anew == again[0] and len(measures.load_all(workdir)) == 4
+    assert anew == again[0] and len(measures.load_all(workdir)) == 6
 
 
 @pytest.mark.slow

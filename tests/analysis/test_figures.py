@@ -582,6 +582,16 @@ def test_a_loss_surface_of_one_point_is_none(measured, tmp_path):
         figures.loss_surface([point])
 
 
+def test_a_surface_is_found_though_its_checkpoint_was_measured_without_one_since(tmp_path):
+    run = measured_run(tmp_path)
+    path = tmp_path / "sharpness.jsonl"
+    row = json.loads(path.read_text().splitlines()[-1])
+    rows = row, row | {"surface": None, "eigenvalues": [9.0] * 4}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert figures.loss_surface([run]).axes
+    assert lines(figures.hessian_eigenvalues([run]).axes[0])[0].get_ydata()[0] == 9
+
+
 def test_runs_that_were_not_measured_say_how_to(tmp_path):
     for name in MEASURED:
         with pytest.raises(UserError, match=r"gnp\.evaluate .*--sharpness"):

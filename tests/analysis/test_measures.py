@@ -1,6 +1,7 @@
 """What is asked of measures of sharpness, and the file that they are kept in."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -47,6 +48,33 @@ def test_the_newest_row_of_a_step_counts_and_none_is_lost(tmp_path):
     measures.append(tmp_path, changed(step=11))
     assert [row["loss"] for row in measures.load(tmp_path)] == [2.0, 2.25]
     assert [row["loss"] for row in measures.load_all(tmp_path)] == [1.0, 2.0, 2.25]
+
+
+def test_rows_of_a_checkpoint_that_was_replaced_are_not_current(tmp_path):
+    for step, checksum, loss in ((10, 1, 1.0), (10, None, 2.0), (11, 1, 3.0), (10, 2, 4.0)):
+        measures.append(tmp_path, changed(step=step, checksum=checksum, loss=loss))
+    assert [row["loss"] for row in measures.current(tmp_path)] == [2.0, 3.0, 4.0]
+
+
+def test_what_is_known_of_a_checkpoint():
+    """Rows of two settings, with a surface each, and the newer ones of other examples."""
+
+    def row(name, **settings):
+        return {"name": name, "settings": dataclasses.asdict(Settings(**settings))}
+
+    rows = [row("a", surface=3), row("b", radius=0.1, surface=5), row("c", max_examples=9)]
+
+    def known(**settings):
+        found = measures.known(rows, Settings(**settings))
+        return [each and each.get("name", "not asked for") for each in found]
+
+    assert known() == ["a", "not asked for"]
+    assert known(surface=3) == ["a", "a"]
+    assert known(surface=5) == ["a", "b"], "which does not depend on the radius"
+    assert known(surface=7) == ["a", None]
+    assert known(surface=3, extent=2.0) == ["a", None]
+    assert known(radius=0.2, surface=3) == [None, "a"]
+    assert known(max_examples=9, surface=3) == ["c", None]
 
 
 def test_a_last_line_without_its_end_is_not_run_into(tmp_path):
@@ -138,6 +166,6 @@ def test_settings_that_make_no_sense(values, message):
 
 
 def test_how_many_passes_the_measures_take():
-    some = Settings(lanczos_steps=10, density_probes=2, trace_probes=5, ascents=3, surface=5)
-    # the gradient, Lanczos, what is left of the trace, SAM's gradients and its loss, the surface
-    assert some.num_passes == 1 + 2 * 10 + 3 + 3 + 1 + 25
+    some = Settings(lanczos_steps=10, density_probes=2, trace_probes=5, ascents=3)
+    # the gradient, Lanczos, what is left of the trace, SAM's gradients and its loss
+    assert some.num_passes == 1 + 2 * 10 + 3 + 3 + 1

@@ -156,7 +156,7 @@ def loss_surface(runs: Sequence[Run]) -> Figure:
 
 
 def _measured(runs: Sequence[Run], key: str) -> dict[int, list[_Row]]:
-    """The rows that have a measure, in the order of their steps, by the run's id.
+    """Of each step the newest row that has a measure, in their order, by the run's id.
 
     Raises:
       UserError: if no run has one.
@@ -165,8 +165,8 @@ def _measured(runs: Sequence[Run], key: str) -> dict[int, list[_Row]]:
 
     found: dict[int, list[_Row]] = {}
     for run in runs:
-        if rows := [row for row in measures.load(run.workdir) if _has(row[key])]:
-            found[id(run)] = rows
+        if rows := {row["step"]: row for row in measures.current(run.workdir) if _has(row[key])}:
+            found[id(run)] = [rows[step] for step in sorted(rows)]
     if not found:
         raise UserError(
             f"the runs have no measured {key.replace('_', ' ')}; measure with "
