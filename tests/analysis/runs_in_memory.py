@@ -74,15 +74,19 @@ def _number(value):
     return None if np.isnan(value) else float(value)
 
 
-def measured_run(folder: pathlib.Path, scale=1.0, **fields):
-    """A run with a sharpness.jsonl: at epochs 0, 5 and 10, its values times `scale`."""
+def measured_run(folder: pathlib.Path, scale=1.0, epochs=(0.0, 5.0, 10.0), settings=None, **fields):
+    """A run with a sharpness.jsonl: at these epochs, its values times `scale`, by `settings`.
+
+    In a folder that has one, the rows come after those that are there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     grid = [-1.0, 0.0, 1.0]
     surface = [[scale * (1 + x * x + 2 * y * y) for x in grid] for y in grid]
-    with (folder / "sharpness.jsonl").open("w") as file:
-        for index, epoch in enumerate((0.0, 5.0, 10.0), start=1):
+    with (folder / "sharpness.jsonl").open("a") as file:
+        for index, epoch in enumerate(epochs, start=1):
             row = {
-                **{"step": int(100 * epoch), "epoch": epoch, "split": "train", "settings": {}},
+                **{"step": int(100 * epoch), "epoch": epoch, "split": "train"},
+                "settings": settings or {},
                 **{"num_examples": 64, "loss": 1.0, "grad_norm": 1.0, "weight_norm": 1.0},
                 "eigenvalues": [scale * index * value for value in (8.0, 4.0, 2.0, 1.0)],
                 "eigenvalue_errors": [0.0] * 4,

@@ -592,6 +592,24 @@ def test_a_surface_is_found_though_its_checkpoint_was_measured_without_one_since
     assert lines(figures.hessian_eigenvalues([run]).axes[0])[0].get_ydata()[0] == 9
 
 
+def test_only_what_was_measured_alike_is_averaged(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    few, many = {"max_examples": 10, "lanczos_steps": 40}, {"max_examples": 200, "radius": 0.1}
+    runs = [measured_run(one, settings=few), measured_run(two, 3.0, settings=many, seed=1)]
+    for name in MEASURED:
+        if name.startswith("adaptive_lr"):  # which no setting bears upon
+            assert figures.PAPER_FIGURES[name].draw(runs).axes
+            continue
+        with pytest.raises(UserError, match=f"different settings; measure .*={one} --sharp") as e:
+            figures.PAPER_FIGURES[name].draw(runs)
+        assert "--max_examples=200" in str(e.value)
+        assert ("--radius=0.1" in str(e.value)) == (name == "sam_sharpness")
+    measured_run(one, 5.0, settings=many)
+    measured_run(one, 7.0, settings=few)
+    (line,) = lines(figures.sam_sharpness(runs).axes[0])
+    np.testing.assert_allclose(line.get_ydata(), [4, 8, 12])
+
+
 def test_runs_that_were_not_measured_say_how_to(tmp_path):
     for name in MEASURED:
         with pytest.raises(UserError, match=r"gnp\.evaluate .*--sharpness"):

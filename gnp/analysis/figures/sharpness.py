@@ -1,6 +1,9 @@
 """Figures of what `python -m gnp.evaluate --sharpness` has measured along runs.
 
-Everything here reads the runs' `sharpness.jsonl` (see `gnp.analysis.measures`).
+Everything here reads the runs' `sharpness.jsonl` (see `gnp.analysis.measures`). The measures of one
+data set and model are only shown together if they were measured alike: over as many examples, with
+the same radius, …. Of several settings that all its runs were measured with, a figure shows those
+of most rows, of these the newest; where there are none it raises `UserError`.
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,16 @@ from gnp.analysis.runs import Run, number
 from gnp.errors import UserError
 
 _Row = dict[str, Any]  # of sharpness.jsonl
+
+# The settings that a measure depends on, beside the seed.
+_DEPENDS: dict[str, tuple[str, ...]] = {
+    "eigenvalues": ("max_examples", "lanczos_steps"),
+    "density": ("max_examples", "lanczos_steps", "density_probes"),
+    "sam_sharpness": ("max_examples", "radius", "ascents"),
+    "surface": ("max_examples",),
+    "adaptive_lr_variance": (),
+    "adaptive_lr_spread": (),
+}
 
 
 @styled
@@ -159,14 +172,13 @@ def _measured(runs: Sequence[Run], key: str) -> dict[int, list[_Row]]:
     """Of each step the newest row that has a measure, in their order, by the run's id.
 
     Raises:
-      UserError: if no run has one.
+      UserError: if no run has one, or some that are shown together were not measured alike.
     """
-    from gnp.analysis import measures
-
-    found: dict[int, list[_Row]] = {}
-    for run in runs:
-        if rows := {row["step"]: row for row in measures.current(run.workdir) if _has(row[key])}:
-            found[id(run)] = [rows[step] for step in sorted(rows)]
+    found = {
+        run_id: [by_step[step] for step in sorted(by_step)]
+        for inner in settings.panels(runs).values()
+        for run_id, by_step in _measured_alike(inner, key).items()
+    }
     if not found:
         raise UserError(
             f"the runs have no measured {key.replace('_', ' ')}; measure with "
@@ -174,6 +186,38 @@ def _measured(runs: Sequence[Run], key: str) -> dict[int, list[_Row]]:
             + (" --surface=21" if key == "surface" else "")
         )
     return found
+
+
+def _measured_alike(runs: Sequence[Run], key: str) -> dict[int, dict[int, _Row]]:
+    """The rows that have a measure by the run's id and the step, all of the same settings."""
+    from gnp.analysis import measures
+
+    names, workdirs = _DEPENDS[key], {}
+    by_values: dict[tuple[Any, ...], dict[int, dict[int, _Row]]] = {}
+    for run in runs:
+        for row in measures.current(run.workdir):
+            if _has(row[key]):
+                workdirs[id(run)] = run.workdir
+                values = tuple(row["settings"].get(name) for name in names)
+                by_values[values] = by_values.pop(values, {})  # the newest are the last
+                by_values[values].setdefault(id(run), {})[row["step"]] = row
+    if not by_values:
+        return {}
+
+    def size(values: tuple[Any, ...]) -> tuple[int, int]:
+        return len(by_values[values]), sum(map(len, by_values[values].values()))
+
+    most = max(reversed(by_values), key=size)
+    others = [workdir for run_id, workdir in workdirs.items() if run_id not in by_values[most]]
+    if others:
+        given = dict(zip(names, most, strict=True))
+        flags = "".join(f" --{name}={value}" for name, value in given.items() if value is not None)
+        raise UserError(
+            f"the {key.replace('_', ' ')} of {others[0]} and of "
+            f"{workdirs[next(iter(by_values[most]))]} were measured with different settings; "
+            f"measure with python -m gnp.evaluate --workdir={others[0]} --sharpness{flags}"
+        )
+    return by_values[most]
 
 
 def _has(value: Any) -> bool:
