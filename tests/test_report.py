@@ -405,41 +405,8 @@ def test_figures_leave_matplotlib_as_it_was(tmp_path):
         before = dict(matplotlib.rcParams)
         for draw in RUN_FIGURES:
             assert draw(run).axes[0].yaxis.label.get_size() == 10.5
-        figures.error_curves({"a": run})
         report.write(tmp_path)
         assert dict(matplotlib.rcParams) == before
-
-
-def test_error_curves_show_mean_and_band(tmp_path):
-    def run(name, errors):
-        at = [
-            {"step": i, "epoch": float(i), "split": "test", "error": e} for i, e in errors.items()
-        ]
-        return runs.load(make(tmp_path / name, rows_=at, result=None))
-
-    one = run("one", {1: 0.5, 2: 0.4, 3: 0.3})
-    two = run("two", {1: 0.7, 3: 0.1})
-    figure = figures.error_curves({"both": [one, two], "alone": one})
-    axes = figure.axes[0]
-    both, alone = axes.lines
-    np.testing.assert_array_equal(both.get_xdata(), [1, 3])
-    np.testing.assert_allclose(both.get_ydata(), [60, 20])
-    np.testing.assert_allclose(alone.get_ydata(), [50, 40, 30])
-    (band,) = axes.collections
-    edges = {tuple(np.round(vertex, 2).tolist()) for vertex in band.get_paths()[0].vertices}
-    assert edges == {(1, 45.86), (1, 74.14), (3, 5.86), (3, 34.14)}
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["both: 20.00 ± 14.14 %", "alone: 30.00 %"]
-    assert both.get_color() != alone.get_color() and both.get_marker() != alone.get_marker()
-
-
-def test_error_curves_need_an_epoch_in_common(tmp_path):
-    at = {"split": "test", "error": 0.5}
-    one = runs.load(make(tmp_path / "1", rows_=[at | {"step": 1, "epoch": 1.0}]))
-    two = runs.load(make(tmp_path / "2", rows_=[at | {"step": 2, "epoch": 2.0}]))
-    for group in ([one, two], []):
-        with pytest.raises(UserError, match=r"'sam'.*no evaluated epoch in common"):
-            figures.error_curves({"sam": group})
 
 
 @pytest.mark.parametrize("color", figures.COLORS)

@@ -225,25 +225,3 @@ def second_moments(opt_state: Any, name: str = "nu") -> list[tuple[Any, Any]]:
 
     counts = states_with("count")
     return [(nu, counts.get(path)) for path, nu in states_with(name).items()]
-
-
-def measured_variance_of_state(opt_state: Any, b2: float) -> float:
-    """`measured_variance` of the one state within `opt_state` that has a `nu` and a `count`.
-
-    With the optimizer states of a run's checkpoints it gives the variance over the course of
-    training.
-
-    Args:
-      opt_state: the state of an Optax transform with Adam's moments, however deep in chains.
-      b2: β₂ of that transform.
-
-    Raises:
-      ValueError: if there is no such state, or several.
-    """
-    moments = [(nu, count) for nu, count in second_moments(opt_state) if count is not None]
-    if len(moments) != 1:
-        raise ValueError(
-            f"the optimizer state has {len(moments)} parts with a `nu` and a `count`, not one; "
-            "call measured_variance(nu, count, b2)"
-        )
-    return measured_variance(*moments[0], b2)

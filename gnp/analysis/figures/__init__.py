@@ -43,7 +43,6 @@ from gnp.analysis.figures.sharpness import (
 )
 from gnp.analysis.figures.style import COLORS, INK, dark
 from gnp.analysis.figures.weight_decay import (
-    error_curves,
     gradient_norm_by_decay,
     learning_curves,
     long_training,
@@ -65,7 +64,6 @@ __all__ = [
     "error",
     "error_against_decay",
     "error_by_policy",
-    "error_curves",
     "error_over_lr_and_decay",
     "gradient_norm",
     "gradient_norm_by_decay",

@@ -4,44 +4,17 @@ Reference: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mi
 Gradient-Norm Perspective", NeurIPS 2023 (arXiv:2011.11152).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from gnp.analysis.comparison import Setting
 from gnp.analysis.figures import many_runs, settings
-from gnp.analysis.figures.style import COLORS, DASHES, MARKERS, styled
+from gnp.analysis.figures.style import styled
 from gnp.analysis.runs import Run, number
 from gnp.errors import UserError
 
 _ERROR: dict[str, Any] = {"key": "error", "ylabel": "test error (%)", "scale": 100}
-
-
-@styled
-def error_curves(runs: Mapping[str, Run | Sequence[Run]]) -> Figure:
-    """Test error, in percent, against the epoch, one line a label.
-
-    Where a label has several runs (seeds), the line is their mean at the epochs that all of them
-    evaluated, in a band of ± one sample standard deviation. The legend gives the last error.
-
-    Raises:
-      UserError: if the runs of a label have no evaluated epoch in common.
-    """
-    figure = Figure(figsize=(6.4, 3.8))
-    axes = figure.subplots()
-    for index, (label, group) in enumerate(runs.items()):
-        setting = Setting(label, {}, (group,) if isinstance(group, Run) else tuple(group))
-        curve = many_runs.curve(setting, "test", "error", scale=100)
-        size = len(COLORS)
-        look = {"color": COLORS[index % size], "linestyle": DASHES[index % size]}
-        line = many_runs.draw_mean(axes, curve, look | {"marker": MARKERS[index % size]}, index)
-        spread = "" if curve.std is None else f" ± {curve.std[-1]:.2f}"
-        line.set_label(f"{label}: {curve.mean[-1]:.2f}{spread} %")
-    axes.set(xlabel="epoch", ylabel="test error (%)")
-    many_runs.finish_curves(axes)
-    axes.legend()
-    return figure
 
 
 @styled
