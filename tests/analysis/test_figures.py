@@ -237,6 +237,46 @@ def test_a_line_is_the_mean_over_seeds_in_a_band_of_one_sample_deviation():
     assert legend(figure) == [f"{name}: 23.00 ± {std:.2f} %" for name in ("adam", "sgd")]
 
 
+def test_seeds_that_were_evaluated_at_other_epochs_are_a_line_each_and_others_drawn_as_ever():
+    runs = over("optimizer_name", ("adam", "sgd"))
+    for seed, run in enumerate(runs[:3]):
+        run.metrics["test"]["epoch"] += 0.1 * seed
+    figure = figures.learning_curves(runs)
+    *adam, sgd = lines(figure.axes[0])
+    for shift, line in zip((0, 2, 7), adam, strict=True):
+        np.testing.assert_allclose(line.get_ydata()[[0, -1]], [74 + shift, 20 + shift])
+        assert line.get_color() == adam[0].get_color() != sgd.get_color()
+        assert line.get_linewidth() < sgd.get_linewidth()
+    np.testing.assert_allclose(sgd.get_ydata()[-1], 23)
+    assert len(figure.axes[0].collections) == 1, "only the mean has a band"
+    assert [label.partition(": ")[2] for label in legend(figure)] == 2 * ["23.00 ± 3.61 %"]
+
+
+def test_half_of_the_epochs_in_common_make_a_mean():
+    x = np.arange(1.0, 9.0)
+    [mean] = many_runs.of_seeds([(x, x), (x[1::2], 3 * x[1::2])])
+    np.testing.assert_array_equal(mean.x, [2, 4, 6, 8])
+    np.testing.assert_array_equal(mean.mean, [4, 8, 12, 16])
+    assert len(many_runs.of_seeds([(x, x), (x[2::2], x[2::2])])) == 2
+
+
+@pytest.mark.parametrize("rows", [120, 121])
+def test_running_means_are_said_and_the_legend_has_what_was_logged(rows, check):
+    noise = np.where(np.arange(rows) % 2, 0.5, -0.5)
+    runs = over("gr_policy", ("off", "zero"), rows=rows)
+    for run in runs:
+        run.metrics["train"]["grad_norm"] += noise
+    figure = figures.gradient_norm_by_policy(runs)
+    check(figure)
+    (axes,) = figure.axes
+    assert ("running mean if > 120 rows" in axes.get_ylabel()) == (rows > 120)
+    jumps = np.abs(np.diff(lines(axes)[0].get_ydata())).max()
+    assert (jumps < 0.6) == (rows > 120)
+    at_end = 1.03 + noise[-1]
+    assert legend(figure)[0].startswith(f"gr off: {at_end:.4g} ±")
+    check(figures.scheduled_decay(over("weight_decay_kind", ("scheduled",), rows=rows)))
+
+
 def test_seeds_that_have_not_ended_are_left_out_and_said():
     runs = [*seeds(), made_run(seed=3, shift=9, rows=3, ended=False)]
     runs += [made_run(optimizer_name="sgd", rows=5, ended=False)]
@@ -540,6 +580,15 @@ def test_measures_along_training(measured):
         np.testing.assert_allclose(zero.get_ydata(), 0.5 * scale * np.array([1, 2, 3]))
 
 
+def test_seeds_that_were_measured_at_other_epochs_are_a_line_each(tmp_path):
+    runs = [
+        measured_run(tmp_path / str(seed), epochs=(seed, 3 + seed, 10), seed=seed)
+        for seed in range(3)
+    ]
+    drawn = lines(figures.sam_sharpness(runs).axes[0])
+    assert [list(line.get_xdata()) for line in drawn] == [[0, 3, 10], [1, 4, 10], [2, 5, 10]]
+
+
 def test_the_spectral_density_has_a_line_a_run_of_what_is_positive(measured):
     drawn = lines(figures.spectral_density(measured).axes[0])
     assert len(drawn) == 6
@@ -624,5 +673,5 @@ def test_a_row_over_the_few_steps_that_were_left_is_no_point_of_a_curve(last, co
         for key, values in columns.items():
             columns[key] = np.append(values, last if key == "epoch" else 7.0)
     (setting,) = comparison.group([run])
-    assert len(many_runs.curve(setting, "train", "loss").epochs) == count
-    assert len(many_runs.curve(setting, "test", "loss").epochs) == 11
+    [train], [test] = (many_runs.curves(setting, split, "loss") for split in ("train", "test"))
+    assert len(train.x) == count and len(test.x) == 11

@@ -1,4 +1,10 @@
-"""What the figures of many runs share: mean and band, a grid of panels, the legend."""
+"""What the figures of many runs share: mean and band, a grid of panels, the legend.
+
+The seeds of a setting are drawn as their mean in a band of ± one sample standard deviation, at the
+x that all have; where they have too few in common, as when some were evaluated or measured at other
+epochs, each is a thin line of its own. Metrics of batches with many rows are drawn as running
+means, which the axis says; the last values in a legend are those that were logged.
+"""
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +19,7 @@ from matplotlib.lines import Line2D
 
 from gnp.analysis.comparison import Setting, has_diverged, has_finished
 from gnp.analysis.figures import settings
-from gnp.analysis.figures.one_run import NOISY, running_mean
+from gnp.analysis.figures.one_run import MANY, NOISY, running_mean
 from gnp.analysis.figures.settings import Look
 from gnp.analysis.figures.style import drawn_values, ink, label_decades, scale_y
 from gnp.analysis.runs import Run
@@ -21,56 +27,68 @@ from gnp.errors import UserError, printable
 
 Entries = dict[str, Artist | Container]  # of a legend: what it shows by its label
 
+_SMOOTH = f"\n(running mean if > {MANY} rows)"
 _LONGEST = 110  # characters of a label
 _CHARACTER = 0.083  # inches of one, on average
 
 
 class Curve(NamedTuple):
-    """A metric through training, its mean over runs.
+    """A metric through training: the mean over seeds, or one seed's.
 
     Attributes:
-      epochs: those at which every run has a row.
-      mean: over the runs, NaN where one of them has no finite value.
-      std: the sample standard deviation, None of one run.
+      x: the epochs, say.
+      mean: over the seeds, NaN where one of them has no finite value.
+      std: the sample standard deviation, None of one seed.
+      last: the last value of each seed.
+      smooth: whether `mean` and `std` are of running means, which `last` never is.
     """
 
-    epochs: np.ndarray
+    x: np.ndarray
     mean: np.ndarray
     std: np.ndarray | None
+    last: np.ndarray
+    smooth: bool
 
 
-def curve(setting: Setting, split: str, key: str, scale: float = 1.0) -> Curve:
-    """The curve of seeds; of noisy metrics with many rows that of the seeds' running means.
+def curves(setting: Setting, split: str, key: str, scale: float = 1.0) -> list[Curve]:
+    """The curves of a setting's seeds; see `of_seeds`."""
+    seeds = []
+    for run in setting.runs:
+        epochs, values = run.series(split, key)
+        if split == "train" and len(epochs) > 2:
+            last, before = np.diff(epochs)[:-3:-1]
+            if last < before / 2:  # the mean of the few steps that were left, and as noisy
+                epochs, values = epochs[:-1], values[:-1]
+        seeds.append((epochs, np.where(np.isfinite(values), scale * values, np.nan)))
+    return of_seeds(seeds, smooth=split == "train" and key in NOISY)
 
-    Raises:
-      UserError: if the runs have no epoch in common.
+
+def of_seeds(
+    seeds: Sequence[tuple[np.ndarray, np.ndarray]], *, smooth: bool = False
+) -> list[Curve]:
+    """The curve of the seeds' mean where they have values at the same x; else one of each.
+
+    It is the mean where at least half of the x that a seed has are those of all.
+
+    Args:
+      seeds: x and the values of each.
+      smooth: whether curves of more than `MANY` points become running means over a fortieth.
     """
-    series = [run.series(split, key) for run in setting.runs]
-    curves = [
-        {round(float(x), 6): y for x, y in zip(epochs, values, strict=True)}
-        for epochs, values in series
+    by_x = [
+        {round(float(x), 6): y for x, y in zip(xs, values, strict=True)} for xs, values in seeds
     ]
-    epochs = sorted(set.intersection(*map(set, curves))) if curves else []
-    if not epochs:
-        raise UserError(
-            f"the runs of {setting.label!r} have no evaluated epoch in common; "
-            "compare runs that were evaluated alike"
-        )
-    if split == "train" and len(epochs) > 2:
-        last, before = np.diff(epochs)[:-3:-1]
-        if last < before / 2:  # the mean of the few steps that were left, and as noisy
-            epochs = epochs[:-1]
-    values = scale * np.array([[each[x] for x in epochs] for each in curves])
-    values[~np.isfinite(values)] = np.nan
-    if split == "train" and key in NOISY and len(epochs) > 120:
-        values = np.array([running_mean(row, len(epochs) // 40) for row in values])
-    return of_values(np.array(epochs), values)
-
-
-def of_values(x: np.ndarray, values: np.ndarray) -> Curve:
-    """The curve of values at x, one row a run."""
-    std = values.std(axis=0, ddof=1) if len(values) > 1 else None
-    return Curve(x, values.mean(axis=0), std)
+    common = set.intersection(*map(set, by_x))
+    alike = 2 * len(common) >= max(map(len, by_x))
+    found = []
+    for group in [by_x] if alike else [[seed] for seed in by_x]:
+        xs = sorted(common if alike else group[0])
+        values = np.array([[seed[x] for x in xs] for seed in group])
+        last, is_smooth = values[:, -1], smooth and len(xs) > MANY
+        if is_smooth:
+            values = np.array([running_mean(row, len(xs) // 40) for row in values])
+        std = values.std(axis=0, ddof=1) if len(values) > 1 else None
+        found.append(Curve(np.array(xs), values.mean(axis=0), std, last, is_smooth))
+    return found
 
 
 def grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -87,16 +105,28 @@ def grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, places[: len(titles)]
 
 
-def draw_mean(axes: Axes, of: Curve, look: Look, index: int = 0) -> Line2D:
-    """A line of the mean in a band of ± one sample standard deviation; returns the line."""
+def draw(axes: Axes, of: Sequence[Curve], look: Look, index: int = 0) -> Line2D:
+    """Draws the curves of a setting and returns the first line.
+
+    A mean is a line in a band of ± one sample standard deviation; of several curves, one a seed,
+    the lines are thin. What is smooth says the label of y.
+    """
+    if any(curve.smooth for curve in of) and _SMOOTH not in axes.get_ylabel():
+        axes.set_ylabel(axes.get_ylabel() + _SMOOTH)
+    thin = {"linewidth": 0.9, "alpha": 0.8} if len(of) > 1 else {}
+    lines = [_draw_curve(axes, curve, look | thin, index) for curve in of]
+    return lines[0]
+
+
+def _draw_curve(axes: Axes, of: Curve, look: Look, index: int) -> Line2D:
     if of.std is not None:
         low, high = of.mean - of.std, of.mean + of.std
-        axes.fill_between(of.epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
-    spacing = max(1, len(of.epochs) // 8)
+        axes.fill_between(of.x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    spacing = max(1, len(of.x) // 8)
     # Markers of close lines lie side by side; of few values each has one, at the edge a whole one.
     few = np.isfinite(of.mean).sum() <= 12
     every = 1 if few else (index % spacing, spacing)
-    (line,) = axes.plot(of.epochs, of.mean, **look, markevery=every, clip_on=not few)
+    (line,) = axes.plot(of.x, of.mean, **look, markevery=every, clip_on=not few)
     return line
 
 
@@ -145,7 +175,7 @@ def draw_curves(
     unit = "%" if scale == 100 else ""
     figure = draw_settings(
         runs,
-        lambda setting: curve(setting, split, key, scale),
+        lambda setting: curves(setting, split, key, scale),
         "epoch",
         ylabel,
         last=lambda of: _last(of, unit),
@@ -164,17 +194,17 @@ def draw_curves(
 
 def draw_settings(
     runs: Sequence[Run],
-    values: Callable[[Setting], Curve],
+    values: Callable[[Setting], list[Curve]],
     xlabel: str,
     ylabel: str,
     *,
-    last: Callable[[Curve], str] = lambda _: "",
+    last: Callable[[list[Curve]], str] = lambda _: "",
 ) -> Figure:
     """A line a setting and a panel a data set and model.
 
     Args:
       runs: those that have what is to be drawn.
-      values: gives the curve of a setting's seeds.
+      values: gives the curves of a setting's seeds.
       xlabel: what x is.
       ylabel: what y is.
       last: what the legend says behind a setting where there is one panel.
@@ -186,13 +216,13 @@ def draw_settings(
     suffixes: dict[str, str] = {}
     look = settings.looks(found)
     for axes, inner in zip(places, by_panel.values(), strict=True):
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         for index, setting in enumerate(found):
             seeds = settings.complete(settings.inside(setting, inner))
             if seeds:
                 of = values(setting._replace(runs=tuple(seeds)))
-                entries[setting.label] = draw_mean(axes, of, look[setting.label], index)
+                entries[setting.label] = draw(axes, of, look[setting.label], index)
                 suffixes[setting.label] = last(of) if len(places) == 1 else ""
-        axes.set(xlabel=xlabel, ylabel=ylabel)
         finish_curves(axes)
     labelled = {
         _name(setting, suffixes[setting.label]) + left_out(setting): entries[setting.label]
@@ -210,12 +240,14 @@ def _name(setting: Setting, suffix: str) -> str:
     return setting.label + suffix
 
 
-def _last(of: Curve, unit: str) -> str:
-    if not np.isfinite(of.mean[-1]):
+def _last(of: list[Curve], unit: str) -> str:
+    """The mean and deviation of the seeds' last values."""
+    values = np.concatenate([curve.last for curve in of])
+    if not np.isfinite(values).all():
         return ""  # which `left_out` tells
     mean, std = (".2f", ".2f") if unit else (".4g", ".2g")
-    spread = "" if of.std is None else f" ± {of.std[-1]:{std}}"
-    return f": {of.mean[-1]:{mean}}{spread} {unit}".rstrip()
+    spread = f" ± {values.std(ddof=1):{std}}" if values.size > 1 else ""
+    return f": {values.mean():{mean}}{spread} {unit}".rstrip()
 
 
 def named(entries: Entries, found: Sequence[Setting]) -> Entries:

@@ -21,8 +21,9 @@ from gnp.analysis.figures.style import (
 )
 from gnp.analysis.runs import Run
 
-# Metrics that vary from batch to batch: where there are many rows, the figures show the running
-# mean over a fortieth of the run, and the rows themselves faintly.
+# Metrics that vary from batch to batch: of more than `MANY` rows the figures show the running mean
+# over a fortieth of the run, and the rows themselves faintly.
+MANY = 120
 NOISY = ("loss", "error", "perplexity", "grad_norm", "perturbed_grad_norm")
 _FIRST: dict[str, Any] = {"color": BLUE, "linewidth": 1.3}
 _SECOND: dict[str, Any] = {"color": VERMILION, "linewidth": 1.8, "marker": "o"}
@@ -125,7 +126,7 @@ def _draw(axes: Axes, run: Run, split: str, key: str, scale: float = 1.0, **styl
         return
     epochs, values = run.series(split, key)
     values = np.where(np.isfinite(values), scale * values, np.nan)  # an infinity has no place
-    if key in NOISY and len(values) > 120:
+    if key in NOISY and len(values) > MANY:
         axes.plot(epochs, values, color=style["color"], linewidth=0.8, alpha=0.35)
         values = running_mean(values, len(values) // 40)
     style["markevery"] = max(1, len(values) // 8)

@@ -45,11 +45,11 @@ def hessian_eigenvalues(runs: Sequence[Run]) -> Figure:
     """
     rows = _measured(runs, "eigenvalues")
 
-    def by_rank(setting: Setting) -> Curve:
+    def by_rank(setting: Setting) -> list[Curve]:
         values = [np.array(rows[id(run)][-1]["eigenvalues"]) for run in setting.runs]
         count = min(map(len, values))
         ranks = np.arange(1, count + 1)
-        return many_runs.of_values(ranks, np.array([each[:count] for each in values]))
+        return many_runs.of_seeds([(ranks, each[:count]) for each in values])
 
     shown = [run for run in runs if id(run) in rows]
     figure = many_runs.draw_settings(shown, by_rank, "rank", "eigenvalue of the Hessian")
@@ -230,13 +230,9 @@ def _has(value: Any) -> bool:
 def _along_training(runs: Sequence[Run], key: str, ylabel: str) -> Figure:
     rows = _measured(runs, key)
 
-    def values(setting: Setting) -> Curve:
-        curves = [{round(row["epoch"], 6): row[key] for row in rows[id(r)]} for r in setting.runs]
-        epochs = sorted(set.intersection(*map(set, curves)))
-        if not epochs:  # the seeds were measured at different checkpoints: the first alone
-            curves, epochs = curves[:1], sorted(curves[0])
-        columns = [[each[epoch] for epoch in epochs] for each in curves]
-        return many_runs.of_values(np.array(epochs), np.array(columns))
+    def values(setting: Setting) -> list[Curve]:
+        of = [np.array([(row["epoch"], row[key]) for row in rows[id(run)]]) for run in setting.runs]
+        return many_runs.of_seeds([(seed[:, 0], seed[:, 1]) for seed in of])
 
     shown = [run for run in runs if id(run) in rows]
     return many_runs.draw_settings(shown, values, "epoch", ylabel)

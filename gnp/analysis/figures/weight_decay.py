@@ -134,14 +134,14 @@ def scheduled_decay(runs: Sequence[Run]) -> Figure:
     for row, inner in enumerate(by_panel.values()):
         for column, (key, label) in enumerate(metrics.items()):
             axes = places[len(metrics) * row + column]
+            axes.set(xlabel="epoch", ylabel=label)
             for index, setting in enumerate(found):
                 seeds = settings.inside(setting, inner)
                 seeds = settings.complete([run for run in seeds if run.has("train", key)])
                 if seeds:
-                    of = many_runs.curve(setting._replace(runs=tuple(seeds)), "train", key)
-                    line = many_runs.draw_mean(axes, of, look[setting.label], index)
+                    of = many_runs.curves(setting._replace(runs=tuple(seeds)), "train", key)
+                    line = many_runs.draw(axes, of, look[setting.label], index)
                     entries[setting.label] = line
-            axes.set(xlabel="epoch", ylabel=label)
             many_runs.finish_curves(axes)
     many_runs.legend(figure, many_runs.named(entries, found), note)
     return figure
