@@ -4,13 +4,18 @@ import argparse
 import json
 import math
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from gnp import environment
 from gnp.command_line import Parser, config_of, directory, run
 from gnp.errors import UserError
+
+if TYPE_CHECKING:  # it loads NumPy
+    from gnp.analysis.measures import Settings
 
 # The flags of --sharpness, named as the fields of `gnp.analysis.measures.Settings`.
 _SETTINGS: dict[str, tuple[type, str]] = {
@@ -33,7 +38,13 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 def main() -> int:
     """Parses the flags, evaluates, and prints."""
     parser = Parser("gnp.evaluate", "The error, loss and gradient norm of a run's checkpoint.")
-    parser.add_argument("--workdir", required=True, type=directory, help="the run's directory")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=directory,
+        action="append",
+        help="the run's directory; with --sharpness also a folder of runs, and more than once",
+    )
     parser.add_argument(
         "--step", help="which checkpoint, or best; by default the newest (--sharpness: all)"
     )
@@ -52,23 +63,52 @@ def main() -> int:
     if given and not flags.sharpness:
         raise UserError(f"--{next(iter(given))} goes with --sharpness; add it")
     environment.set_up()
-    config = config_of(flags.workdir)
+    workdirs = _workdirs(flags.workdir)
+    if flags.sharpness:
+        return _sharpness(workdirs, flags, given)
+    folder = next((each for each in flags.workdir if each not in workdirs), None)
+    if folder or len(workdirs) > 1:
+        what = f"{folder} is a folder of runs" if folder else "several runs are given"
+        raise UserError(
+            f"{what}, and one is evaluated at a time; name it, as --workdir={workdirs[0]}, or "
+            "measure all with --sharpness"
+        )
+    return _evaluate(workdirs[0], flags)
+
+
+def _workdirs(given: list[epath.Path]) -> list[epath.Path]:
+    """The work directories that are given, and those in folders of runs."""
+    # Here, since NumPy is slow to import.
+    from gnp.analysis import comparison, runs
+
+    found: dict[epath.Path, None] = {}
+    for folder in given:
+        if runs.is_workdir(folder) or not folder.is_dir():
+            found[folder] = None
+        else:
+            found |= dict.fromkeys(run.workdir for run in comparison.find([folder]))
+    return list(found)
+
+
+def _config(workdir: epath.Path, flags: argparse.Namespace) -> ConfigDict:
+    config = config_of(workdir)
     if flags.data_dir:
         config.data.data_dir = flags.data_dir
-    return _sharpness(config, flags, given) if flags.sharpness else _evaluate(config, flags)
+    return config
 
 
-def _evaluate(config: ConfigDict, flags: argparse.Namespace) -> int:
+def _evaluate(workdir: epath.Path, flags: argparse.Namespace) -> int:
     # Here, since JAX is slow to import.
     from gnp.training.evaluation import evaluate_checkpoint, find_step
     from gnp.training.metrics import headline, text
 
-    step = find_step(config, flags.workdir, flags.step)
-    values = evaluate_checkpoint(config, flags.workdir, step=step)
+    config = _config(workdir, flags)
+    step = find_step(config, workdir, flags.step)
+    values = evaluate_checkpoint(config, workdir, step=step)
     if flags.json:
         print(json.dumps(values))
         return 0
-    print(f"{flags.workdir}, step {values['step']}")
+    print(f"{workdir}, step {values['step']}")
     for split, of_split in values.items():
         if not isinstance(of_split, dict):
             continue
@@ -86,18 +126,45 @@ def _evaluate(config: ConfigDict, flags: argparse.Namespace) -> int:
     return 0
 
 
-def _sharpness(config: ConfigDict, flags: argparse.Namespace, given: dict[str, Any]) -> int:
-    from gnp.analysis.measures import NAME, Settings, without_nan
+def _sharpness(
+    workdirs: Sequence[epath.Path], flags: argparse.Namespace, given: dict[str, Any]
+) -> int:
+    """Measures runs one after another; one that cannot be does not keep the others from it."""
+    from gnp.analysis.measures import Settings, without_nan
 
     settings = Settings(**given)
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    for workdir in workdirs:
+        try:
+            of_run = _measure(workdir, flags, settings)
+            rows += [{"workdir": str(workdir), **row} for row in of_run]
+        except UserError as error:
+            if len(workdirs) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    if flags.json:
+        print(json.dumps(without_nan(rows)))
+    if failed:
+        print(f"{failed} of {len(workdirs)} runs could not be measured", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _measure(
+    workdir: epath.Path, flags: argparse.Namespace, settings: "Settings"
+) -> list[dict[str, Any]]:
+    """Measures a run's checkpoints, and prints a table of them unless JSON is asked for."""
     from tqdm import tqdm
 
     from gnp.analysis.checkpoint_measures import measure_checkpoints
+    from gnp.analysis.measures import NAME
     from gnp.training.evaluation import find_step
 
+    config = _config(workdir, flags)
     steps = None
     if flags.step not in (None, "all"):
-        step = find_step(config, flags.workdir, flags.step)
+        step = find_step(config, workdir, flags.step)
         assert step is not None
         steps = [step]
     bar = tqdm(disable=not sys.stderr.isatty(), unit="pass", dynamic_ncols=True, leave=False)
@@ -111,24 +178,17 @@ def _sharpness(config: ConfigDict, flags: argparse.Namespace, given: dict[str, A
     rows: list[dict[str, Any]] = []
     with bar:
         for row in measure_checkpoints(
-            *(config, flags.workdir, settings),
-            steps=steps,
-            on_start=on_start,
-            on_pass=bar.update,
+            *(config, workdir, settings), steps=steps, on_start=on_start, on_pass=bar.update
         ):
             if not flags.json:
                 if not rows:
-                    bar.write(
-                        f"{flags.workdir}, {row['num_examples']:,} examples of {row['split']}"
-                    )
+                    bar.write(f"{workdir}, {row['num_examples']:,} examples of {row['split']}")
                 bar.write("\n".join(_table(row, first=not rows)))
                 sys.stdout.flush()
             rows.append(row)
-    if flags.json:
-        print(json.dumps(without_nan(rows)))
-    else:
-        print(f"kept in {flags.workdir / NAME}")
-    return 0
+    if not flags.json:
+        print(f"kept in {workdir / NAME}", flush=True)
+    return rows
 
 
 def _table(row: dict[str, Any], *, first: bool) -> list[str]:

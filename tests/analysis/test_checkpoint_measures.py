@@ -306,6 +306,40 @@ def test_the_command_line_measures_what_has_not_been_measured(finished, tmp_path
 
 
 @pytest.mark.slow
+def test_a_folder_of_runs_is_measured_one_after_another_whatever_fails(finished, tmp_path):
+    """Of three runs the first has no checkpoint; one is given a second time."""
+    (tmp_path / "runs/a").mkdir(parents=True)
+    shutil.copy(finished / "config.json", tmp_path / "runs/a")
+    for name in ("b", "c"):
+        ignored = shutil.ignore_patterns("sharpness.jsonl", "10")
+        shutil.copytree(finished, tmp_path / "runs" / name, ignore=ignored)
+    flags = [f"--workdir={tmp_path}/runs", f"--workdir={tmp_path}/runs/b", "--sharpness"]
+    flags += ["--eigenvalues=1", "--lanczos_steps=2", "--trace_probes=2", "--max_examples=20"]
+    done = run("evaluate", *flags, "--json")
+    assert done.returncode == 1
+    assert f"error: no checkpoint in {tmp_path}/runs/a" in done.stderr
+    assert done.stderr.endswith("1 of 3 runs could not be measured\n")
+    names = [str(tmp_path / "runs" / name) for name in ("b", "c")]
+    assert [(row["workdir"], row["step"]) for row in json.loads(done.stdout)] == [
+        (name, 14) for name in names
+    ]
+    assert all(len(measures.load_all(name)) == 1 for name in names)
+
+
+def test_a_folder_of_runs_is_not_evaluated_at_once(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(make_config().to_dict()))
+    done = run("evaluate", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and done.stderr == (
+        f"error: {tmp_path} is a folder of runs, and one is evaluated at a time; name it, as "
+        f"--workdir={tmp_path}/a, or measure all with --sharpness\n"
+    )
+    done = run("evaluate", f"--workdir={tmp_path}/a", f"--workdir={tmp_path}/b")
+    assert done.returncode == 2 and "error: several runs are given, and one" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_has_a_row_without_numbers(finished, tmp_path):
     shutil.copy(finished / "config.json", tmp_path)
     state = Checkpoints(finished).restore(make_experiment(make_config()).abstract_state)
