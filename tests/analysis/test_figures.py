@@ -471,6 +471,8 @@ def test_the_error_over_learning_rate_and_decay():
     figure = figures.error_over_lr_and_decay([*runs, made_run(diverges=3, **lost)])
     axes, bar = figure.axes
     assert bar.get_ylabel() == "test error (%)"
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["21", "22", "23", "24", "25"]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     (dots,) = [c for c in axes.collections if len(c.get_offsets()) == 6]
     drawn = {tuple(xy): z for xy, z in zip(dots.get_offsets(), dots.get_array(), strict=True)}
@@ -603,6 +605,24 @@ def test_loss_surfaces_share_their_bands(measured):
     np.testing.assert_array_equal(*levels)
     assert (levels[0][0], levels[0][-1]) == (0.5, 4)  # 0.5 (1 + 0) and 1 (1 + 1 + 2)
     assert [axes.get_title(loc="left") for axes in (first, second)] == ["gr off", "gr zero"]
+
+
+@pytest.mark.parametrize("scale", [2.25, 0.01, 30.0])
+@pytest.mark.parametrize("curvature", [0.0, 0.02, 1.0, 40.0, 1e5])
+def test_colour_bars_have_round_labels_that_differ(tmp_path, scale, curvature):
+    run = measured_run(tmp_path)
+    path = tmp_path / "sharpness.jsonl"
+    row = json.loads(path.read_text().splitlines()[-1])
+    row["surface"]["loss"] = [
+        [scale * (1 + curvature * (x * x + y * y)) for x in (-1, 0, 1)] for y in (-1, 0, 1)
+    ]
+    path.write_text(json.dumps(row) + "\n")
+    figure = figures.loss_surface([run])
+    figure.draw_without_rendering()
+    shown = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert 2 <= len(shown) <= 12 and len({*shown}) == len(shown)
+    digits = [f"{float(label):.9e}".partition("e")[0].rstrip("0") for label in shown]
+    assert max(map(len, digits)) <= (5 if curvature else 7), shown
 
 
 def test_a_loss_surface_with_nothing_finite_is_left_out(measured, tmp_path, check):

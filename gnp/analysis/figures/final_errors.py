@@ -15,7 +15,7 @@ from matplotlib.tri import Triangulation
 
 from gnp.analysis.figures import many_runs, settings
 from gnp.analysis.figures.settings import PANEL
-from gnp.analysis.figures.style import VERMILION, label_decades, styled
+from gnp.analysis.figures.style import VERMILION, color_ticks, label_decades, styled
 from gnp.analysis.runs import Run, number
 from gnp.errors import UserError
 
@@ -118,7 +118,7 @@ def error_over_lr_and_decay(runs: Sequence[Run]) -> Figure:
     figure, places = many_runs.grid(list(means) if len(means) > 1 else [note])
     together = np.concatenate([list(points.values()) for points in means.values()])
     low, high = float(together.min()), float(together.max())
-    high = max(high, low * (1 + 1e-6), low + 1e-9)  # where all are equal
+    high = max(high, low + 1e-4 * abs(low) + 1e-9)  # where all are equal
     colors: dict[str, Any] = {"cmap": "cividis", "vmin": low, "vmax": high}
     entries: many_runs.Entries = {}
     for axes, (label, points) in zip(places, means.items(), strict=True):
@@ -145,7 +145,7 @@ def error_over_lr_and_decay(runs: Sequence[Run]) -> Figure:
         _log_x(axes, x)
         label_decades(axes, "y", np.log10(y.max() / y.min()))
         axes.grid(visible=False)
-    bar = figure.colorbar(bands, ax=places, format="{x:.4g}")
+    bar = figure.colorbar(bands, ax=places, format="{x:g}", ticks=color_ticks(low, high))
     bar.set_label(settings.metric_label(settings.survivors(ended)))
     many_runs.legend(figure, entries)
     return figure

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from gnp.analysis.comparison import Setting
 from gnp.analysis.figures import many_runs, settings
 from gnp.analysis.figures.many_runs import Curve
-from gnp.analysis.figures.style import styled
+from gnp.analysis.figures.style import color_ticks, styled
 from gnp.analysis.runs import Run, number
 from gnp.errors import UserError
 
@@ -147,7 +147,8 @@ def loss_surface(runs: Sequence[Run]) -> Figure:
     surfaces = [last[id(setting.runs[0])] for setting in found]
     losses = [np.array(surface["loss"]) for surface in surfaces]
     finite = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
-    low, high = finite.min(), max(finite.max(), finite.min() + 1e-9)
+    low, high = finite.min(), finite.max()
+    high = max(high, low + 1e-4 * abs(low) + 1e-9)  # where all are equal
     log = bool(low > 0 and high > 10 * low)
     levels = np.geomspace(low, high, 15) if log else np.linspace(low, high, 15)
     figure, places = many_runs.grid([s.label if len(found) > 1 else "" for s in found])
@@ -161,7 +162,7 @@ def loss_surface(runs: Sequence[Run]) -> Figure:
         axes.plot(0, 0, "x", color="white", markersize=8, markeredgewidth=2)
         axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
         axes.grid(visible=False)
-    bar = figure.colorbar(bands, ax=places, format="{x:.3g}")
+    bar = figure.colorbar(bands, ax=places, format="{x:g}", ticks=color_ticks(low, high, log=log))
     bar.set_label("training loss")
     if note:
         figure.suptitle(note)

@@ -111,6 +111,17 @@ def scale_y(axes: Axes) -> None:
     label_decades(axes, "y", np.log10(values.max() / values.min()))
 
 
+def color_ticks(low: float, high: float, *, log: bool = False) -> np.ndarray:
+    """A few round values from `low` to `high` for a colour bar, linear or logarithmic."""
+    if log:
+        digits = _DIGITS[min(int(np.log10(high / low)), len(_DIGITS) - 1)]
+        locator: ticker.Locator = ticker.LogLocator(subs=digits, numticks=99)
+    else:
+        locator = ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    ticks = np.asarray(locator.tick_values(low, high))
+    return np.extract((ticks >= low) & (ticks <= high), ticks)
+
+
 def label_decades(axes: Axes, which: str, decades: float) -> None:
     """Labels a logarithmic axis ("x" or "y") that spans so many decades with plain numbers."""
     axis = axes.xaxis if which == "x" else axes.yaxis
