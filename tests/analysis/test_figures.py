@@ -413,14 +413,25 @@ def test_the_error_by_policy_has_a_row_a_setting_and_a_panel_a_data_set():
         for optimizer in ("adam", "rmsprop")
         for data in ("cifar10", "cifar100")
     ]
-    alone = made_run(optimizer_name="sgd")  # has no other policy
-    figure = figures.error_by_policy([*runs, alone])
+    figure = figures.error_by_policy(runs)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["cifar10", "cifar100"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["adam", "rmsprop"]
     for axes in figure.axes:
         assert [round(bar.lines[0].get_ydata()[0], 9) for bar in axes.containers] == [
             *(-0.2, 0.2, 0.8, 1.2),
         ]
+
+
+def test_settings_of_a_single_policy_have_a_row_and_one_row_alone_has_no_tick(check):
+    runs = [made_run(lr_base=rate) for rate in (1e-2, 1e-4)]
+    figure = figures.error_by_policy([*runs, made_run(lr_base=1e-3, gr_policy="zero")])
+    check(figure)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["lr 1e-4", "lr 0.001", "lr 0.01"]
+    at = [bar.lines[0].get_ydata()[0] for bar in figure.axes[0].containers]
+    assert at == pytest.approx([-0.2, 1.2, 1.8])
+    (axes,) = figures.error_by_policy([made_run(), made_run(gr_policy="zero")]).axes
+    assert not len(axes.get_yticks())
 
 
 def test_runs_that_diverged_or_have_not_ended_have_no_final_error():
@@ -672,6 +683,7 @@ def test_only_what_was_measured_alike_is_averaged(tmp_path):
         with pytest.raises(UserError, match=f"different settings; measure .*={one} --sharp") as e:
             figures.PAPER_FIGURES[name].draw(runs)
         assert "--max_examples=200" in str(e.value)
+        assert ("--surface=" in str(e.value)) == (name == "loss_surface")
         assert ("--radius=0.1" in str(e.value)) == (name == "sam_sharpness")
     measured_run(one, 5.0, settings=many)
     measured_run(one, 7.0, settings=few)

@@ -29,15 +29,15 @@ def error_by_policy(runs: Sequence[Run]) -> Figure:
     counted at the right.
 
     Raises:
-      UserError: if no setting has finished runs of two policies (gr.policy) or more.
+      UserError: if no data set and model has finished runs of two policies (gr.policy) or more.
     """
     runs = settings.ended(runs, "the error by policy")
-    rows = settings.of(runs, ("gr.policy", "data.name"))
-    rows = [row for row in rows if settings.survivors(row.runs)]
-    rows, note = settings.best([row for row in rows if len({*map(_policy, row.runs)}) > 1])
+    rows = settings.of(settings.differing(runs, _policy), ("gr.policy", "data.name"))
+    rows, note = settings.best([row for row in rows if settings.survivors(row.runs)])
     if not rows:
         raise UserError(
-            "the error by policy needs finished runs that differ in the policy alone (gr.policy)"
+            "the error by policy needs finished runs of two policies (gr.policy) or more on one "
+            "data set and model"
         )
     runs = [run for row in rows for run in row.runs]
     policies = [policy for policy in GR_POLICIES if any(_policy(run) == policy for run in runs)]
@@ -72,7 +72,7 @@ def error_by_policy(runs: Sequence[Run]) -> Figure:
                 )
                 if len(values) > 1:
                     axes.plot(values, np.full(len(values), y), **look | {"alpha": 0.5, "zorder": 1})
-    places[0].set_yticks(range(len(rows)), labels if len(rows) > 1 else [""])
+    places[0].set_yticks(*(range(len(rows)), labels) if len(rows) > 1 else ([],))
     places[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row is the uppermost
     order = [f"gr {policy}" for policy in policies]
     many_runs.legend(figure, {label: entries[label] for label in order}, note)

@@ -31,6 +31,7 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     "adaptive_lr_variance": (),
     "adaptive_lr_spread": (),
 }
+_ASK = {"surface": " --surface=21"}  # what is only measured if it is asked for
 
 
 @styled
@@ -183,8 +184,7 @@ def _measured(runs: Sequence[Run], key: str) -> dict[int, list[_Row]]:
     if not found:
         raise UserError(
             f"the runs have no measured {key.replace('_', ' ')}; measure with "
-            "python -m gnp.evaluate --workdir=DIR --sharpness"
-            + (" --surface=21" if key == "surface" else "")
+            "python -m gnp.evaluate --workdir=DIR --sharpness" + _ASK.get(key, "")
         )
     return found
 
@@ -217,6 +217,7 @@ def _measured_alike(runs: Sequence[Run], key: str) -> dict[int, dict[int, _Row]]
             f"the {key.replace('_', ' ')} of {others[0]} and of "
             f"{workdirs[next(iter(by_values[most]))]} were measured with different settings; "
             f"measure with python -m gnp.evaluate --workdir={others[0]} --sharpness{flags}"
+            + _ASK.get(key, "")
         )
     return by_values[most]
 
