@@ -297,6 +297,19 @@ def test_a_seed_that_diverges_ends_the_mean():
     assert legend(figure)[0] == "gr off (1 of 2 diverged)"
 
 
+def test_runs_that_diverged_before_they_were_evaluated_are_counted(check):
+    runs = over("optimizer_name", ("adam", "sgd"))
+    runs += [made_run(seed=3, diverges=0, ended=ended) for ended in (True, False)]
+    runs += [made_run(optimizer_name="yogi", diverges=0, ended=False)]
+    runs += [made_run(data_name="cifar100", diverges=0)]  # alone there
+    figure = figures.learning_curves(runs)
+    check(figure)
+    assert legend(figure) == [
+        *("adam: 23.00 ± 3.61 % (2 of 5 diverged)", "yogi (diverged)", "sgd: 23.00 ± 3.61 %"),
+    ]
+    np.testing.assert_allclose(lines(figure.axes[0])[0].get_ydata()[-1], 23)
+
+
 def test_panels_are_of_data_sets_and_models_and_a_setting_looks_alike_in_all():
     runs = [
         run

@@ -51,9 +51,9 @@ class Curve(NamedTuple):
 
 
 def curves(setting: Setting, split: str, key: str, scale: float = 1.0) -> list[Curve]:
-    """The curves of a setting's seeds; see `of_seeds`."""
+    """The curves of a setting's seeds that have a value of the metric; see `of_seeds`."""
     seeds = []
-    for run in setting.runs:
+    for run in (run for run in setting.runs if run.has(split, key)):
         epochs, values = run.series(split, key)
         if split == "train" and len(epochs) > 2:
             last, before = np.diff(epochs)[:-3:-1]
@@ -77,6 +77,8 @@ def of_seeds(
     by_x = [
         {round(float(x), 6): y for x, y in zip(xs, values, strict=True)} for xs, values in seeds
     ]
+    if not by_x:
+        return []
     common = set.intersection(*map(set, by_x))
     alike = 2 * len(common) >= max(map(len, by_x))
     found = []
@@ -109,13 +111,13 @@ def draw(axes: Axes, of: Sequence[Curve], look: Look, index: int = 0) -> Line2D:
     """Draws the curves of a setting and returns the first line.
 
     A mean is a line in a band of ± one sample standard deviation; of several curves, one a seed,
-    the lines are thin. What is smooth says the label of y.
+    the lines are thin. What is smooth says the label of y. Of no curve the line has no point.
     """
     if any(curve.smooth for curve in of) and _SMOOTH not in axes.get_ylabel():
         axes.set_ylabel(axes.get_ylabel() + _SMOOTH)
     thin = {"linewidth": 0.9, "alpha": 0.8} if len(of) > 1 else {}
     lines = [_draw_curve(axes, curve, look | thin, index) for curve in of]
-    return lines[0]
+    return lines[0] if lines else axes.plot([], [], **look)[0]
 
 
 def _draw_curve(axes: Axes, of: Curve, look: Look, index: int) -> Line2D:
@@ -140,7 +142,7 @@ def finish_curves(axes: Axes) -> None:
         top = max(values.max(), *(np.max(edge, initial=0) for edge in edges), 0)
         axes.set_ylim(values.min() / 1.2, top * 1.2)
     if axes.get_xscale() == "linear":
-        ends = [np.max(line.get_xdata()) for line in axes.lines]
+        ends = [np.max(line.get_xdata(), initial=0) for line in axes.lines]
         axes.set_xlim(0, max(ends, default=0) or 1)
 
 
@@ -164,12 +166,19 @@ def draw_curves(
     """A metric against the epoch, a line a setting and a panel a data set and model.
 
     Runs without a value of the metric are left out, and seeds that are not finished where others
-    are; where there is one panel, the legend has the last values.
+    are; where there is one panel, the legend has the last values. It counts the runs that diverged,
+    those before their first value too.
 
     Raises:
       UserError: if no run has a value of the metric.
     """
-    runs = [run for run in runs if run.has(split, key)]
+    runs = [
+        run
+        for inner in settings.panels(runs).values()
+        if any(run.has(split, key) for run in inner)
+        for run in inner
+        if run.has(split, key) or has_diverged(run)
+    ]
     if not runs:
         raise UserError(f"no run has a value of {split}/{key}")
     unit = "%" if scale == 100 else ""
@@ -242,8 +251,8 @@ def _name(setting: Setting, suffix: str) -> str:
 
 def _last(of: list[Curve], unit: str) -> str:
     """The mean and deviation of the seeds' last values."""
-    values = np.concatenate([curve.last for curve in of])
-    if not np.isfinite(values).all():
+    values = np.concatenate([np.empty(0), *(curve.last for curve in of)])
+    if not values.size or not np.isfinite(values).all():
         return ""  # which `left_out` tells
     mean, std = (".2f", ".2f") if unit else (".4g", ".2g")
     spread = f" ± {values.std(ddof=1):{std}}" if values.size > 1 else ""
