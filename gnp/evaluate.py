@@ -63,9 +63,10 @@ def main() -> int:
     if given and not flags.sharpness:
         raise UserError(f"--{next(iter(given))} goes with --sharpness; add it")
     environment.set_up()
-    workdirs = _workdirs(flags.workdir)
+    damaged: list[str] = []
+    workdirs = _workdirs(flags.workdir, damaged)
     if flags.sharpness:
-        return _sharpness(workdirs, flags, given)
+        return _sharpness(workdirs, damaged, flags, given)
     folder = next((each for each in flags.workdir if each not in workdirs), None)
     if folder or len(workdirs) > 1:
         what = f"{folder} is a folder of runs" if folder else "several runs are given"
@@ -76,8 +77,8 @@ def main() -> int:
     return _evaluate(workdirs[0], flags)
 
 
-def _workdirs(given: list[epath.Path]) -> list[epath.Path]:
-    """The work directories that are given, and those in folders of runs."""
+def _workdirs(given: list[epath.Path], damaged: list[str]) -> list[epath.Path]:
+    """The work directories that are given, and those in folders of runs that can be read."""
     # Here, since NumPy is slow to import.
     from gnp.analysis import comparison, runs
 
@@ -86,7 +87,7 @@ def _workdirs(given: list[epath.Path]) -> list[epath.Path]:
         if runs.is_workdir(folder) or not folder.is_dir():
             found[folder] = None
         else:
-            found |= dict.fromkeys(run.workdir for run in comparison.find([folder]))
+            found |= dict.fromkeys(run.workdir for run in comparison.find([folder], damaged))
     return list(found)
 
 
@@ -127,27 +128,32 @@ def _evaluate(workdir: epath.Path, flags: argparse.Namespace) -> int:
 
 
 def _sharpness(
-    workdirs: Sequence[epath.Path], flags: argparse.Namespace, given: dict[str, Any]
+    workdirs: Sequence[epath.Path],
+    damaged: Sequence[str],
+    flags: argparse.Namespace,
+    given: dict[str, Any],
 ) -> int:
     """Measures runs one after another; one that cannot be does not keep the others from it."""
     from gnp.analysis.measures import Settings, without_nan
 
     settings = Settings(**given)
     rows: list[dict[str, Any]] = []
-    failed = 0
+    for line in damaged:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    failed, total = len(damaged), len(workdirs) + len(damaged)
     for workdir in workdirs:
         try:
             of_run = _measure(workdir, flags, settings)
             rows += [{"workdir": str(workdir), **row} for row in of_run]
         except UserError as error:
-            if len(workdirs) == 1:
+            if total == 1:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             failed += 1
     if flags.json:
         print(json.dumps(without_nan(rows)))
     if failed:
-        print(f"{failed} of {len(workdirs)} runs could not be measured", file=sys.stderr)
+        print(f"{failed} of {total} runs could not be measured", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -47,6 +47,7 @@ def made_run(
         "grad_norm": 1 + shift + 4 * left,
         "weight_norm": 50 - left,
         "learning_rate": 0.001 * left,
+        "adaptive_lr_log_std": 1 + shift + left,
     }
     test = {"loss": 0.5 + 2 * left, "error": 0.2 + shift + 0.6 * left}
     if text:

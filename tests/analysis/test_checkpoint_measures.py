@@ -307,9 +307,11 @@ def test_the_command_line_measures_what_has_not_been_measured(finished, tmp_path
 
 @pytest.mark.slow
 def test_a_folder_of_runs_is_measured_one_after_another_whatever_fails(finished, tmp_path):
-    """Of three runs the first has no checkpoint; one is given a second time."""
+    """The first has no checkpoint, the last is damaged; one is given a second time."""
     (tmp_path / "runs/a").mkdir(parents=True)
     shutil.copy(finished / "config.json", tmp_path / "runs/a")
+    (tmp_path / "runs/d").mkdir()
+    (tmp_path / "runs/d/config.json").write_text("{")
     for name in ("b", "c"):
         ignored = shutil.ignore_patterns("sharpness.jsonl", "10")
         shutil.copytree(finished, tmp_path / "runs" / name, ignore=ignored)
@@ -318,7 +320,8 @@ def test_a_folder_of_runs_is_measured_one_after_another_whatever_fails(finished,
     done = run("evaluate", *flags, "--json")
     assert done.returncode == 1
     assert f"error: no checkpoint in {tmp_path}/runs/a" in done.stderr
-    assert done.stderr.endswith("1 of 3 runs could not be measured\n")
+    assert f"error: {tmp_path}/runs/d/config.json is not valid JSON" in done.stderr
+    assert done.stderr.endswith("2 of 4 runs could not be measured\n")
     names = [str(tmp_path / "runs" / name) for name in ("b", "c")]
     assert [(row["workdir"], row["step"]) for row in json.loads(done.stdout)] == [
         (name, 14) for name in names

@@ -54,7 +54,9 @@ SUITABLE = {
     "gradient_norm_by_decay": KINDS,
     "scheduled_decay": KINDS,
     "learning_curves": KINDS,
+    "adaptive_lr_by_policy": over("gr_policy", POLICIES),
     "error_against_decay": GRID,
+    "error_against_searched": GRID,
     "error_over_lr_and_decay": GRID,
     "warm_restarts": over("lr_schedule", ("restarts",)),
     "perplexity_curves": over("optimizer_name", ("adam", "sgd"), text=True),
@@ -147,6 +149,36 @@ def test_every_figure_survives_what_goes_wrong(name, suitable, tmp_path, check):
     ]
     alone = [run for run in suitable[name] if run.setting("seed") == 0]
     check(figures.PAPER_FIGURES[name].draw([*broken, *alone]))
+
+
+def test_what_was_searched_has_an_axis_each_and_all_points_in_each(check):
+    found = [(1e-4, 0.1, "off"), (3e-3, 0.3, "zero"), (0.02, 0.2, "zero"), (0.5, 0.1, "zero")]
+    runs = [
+        made_run(lr_base=rate, gr_radius=radius, gr_policy=policy, shift=rate)
+        for rate, radius, policy in found
+    ]
+    runs += [
+        made_run(lr_base=9.0, gr_radius=0.3, gr_policy="zero", diverges=3),
+        made_run(lr_base=0.02, gr_radius=0.2, gr_policy="zero", seed=1, diverges=3),
+    ]
+    figure = figures.error_against_searched(runs)
+    check(figure)
+    radii, rates = figure.axes
+    assert (rates.get_xlabel(), rates.get_xscale()) == ("lr.base", "log")
+    assert (radii.get_xlabel(), radii.get_xscale()) == ("gr.radius", "linear")
+    assert {*legend(figure)} == {"gr off", "gr zero", "seeds diverged"}
+
+    def points(axes, *, crosses):
+        drawn = [line for line in axes.lines if (line.get_marker() == "x") == crosses]
+        values = [(line.get_xdata()[0], line.get_ydata()[0]) for line in drawn]
+        return sorted((float(x), round(float(y), 6)) for x, y in values if np.isfinite(y))
+
+    expected = sorted((rate, round(100 * (0.2 + rate), 6)) for rate, _, _ in found)
+    assert points(rates, crosses=False) == expected
+    # Without regularization a radius does nothing, and has no point.
+    assert points(radii, crosses=False) == [(0.1, 70.0), (0.2, 22.0), (0.3, 20.3)]
+    # One of whose seeds one diverged has a cross; one that is lost has it at the upper edge.
+    assert points(rates, crosses=True) == [(0.02, 22.0), (9.0, 1.0)]
 
 
 @pytest.mark.parametrize("name", ["learning_curves", "error_by_policy", "loss_against_error"])

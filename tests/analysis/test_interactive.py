@@ -36,7 +36,7 @@ def test_the_panels_hold_the_runs_values():
     titles = [annotation.text for annotation in figure.layout.annotations]
     assert titles == [
         *("test error (%)", "training loss", "test loss", "gradient norm", "weight norm"),
-        *("learning rate", "radius r", "ratio λ/r", "final test error (%)"),
+        *("learning rate", "std of ln 1/√v", "radius r", "ratio λ/r", "final test error (%)"),
     ]
     assert len(traces_of(figure, "radius r")) == 1  # only one has GR
     (first, second) = traces_of(figure, "final test error (%)")

@@ -13,10 +13,12 @@ elsewhere `figure.savefig("error.svg")` keeps it. `with figures.dark():` draws f
 from gnp.analysis.figures.catalogue import PAPER_FIGURES, PaperFigure
 from gnp.analysis.figures.final_errors import (
     error_against_decay,
+    error_against_searched,
     error_over_lr_and_decay,
     loss_against_error,
 )
 from gnp.analysis.figures.gradient_regularization import (
+    adaptive_lr_by_policy,
     error_by_policy,
     gradient_norm_by_policy,
     gradient_norm_with_gr,
@@ -57,12 +59,14 @@ __all__ = [
     "INK",
     "PAPER_FIGURES",
     "PaperFigure",
+    "adaptive_lr_by_policy",
     "adaptive_lr_spread",
     "adaptive_lr_variance",
     "dark",
     "decay_factor",
     "error",
     "error_against_decay",
+    "error_against_searched",
     "error_by_policy",
     "error_over_lr_and_decay",
     "gradient_norm",

@@ -43,6 +43,11 @@ _ENTRIES = (
         "GR paper, Figure 3",
     ),
     (
+        gradient_regularization.adaptive_lr_by_policy,
+        "The adaptive learning rate through training",
+        "beside GR paper, Figure 3",
+    ),
+    (
         sharpness.adaptive_lr_variance,
         "Variance of the adaptive learning rate, measured",
         "beside GR paper, Figure 3",
@@ -92,6 +97,7 @@ _ENTRIES = (
         "SWD paper, Figures 15 and 19",
     ),
     (weight_decay.long_training, "Short and long training", "SWD paper, Figure 17"),
+    (final_errors.error_against_searched, "Error against what was searched", "of a search"),
     (sharpness.spectral_density, "Spectral density of the Hessian", "Ghorbani et al., 2019"),
     (sharpness.sam_sharpness, "SAM sharpness", "Foret et al., 2021"),
     (sharpness.loss_surface, "Loss surface", "Li et al., 2018"),

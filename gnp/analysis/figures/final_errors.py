@@ -13,13 +13,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.tri import Triangulation
 
+from gnp.analysis import comparison, labels
+from gnp.analysis.comparison import Setting
 from gnp.analysis.figures import many_runs, settings
-from gnp.analysis.figures.settings import PANEL
-from gnp.analysis.figures.style import VERMILION, color_ticks, label_decades, styled
+from gnp.analysis.figures.settings import PANEL, Look
+from gnp.analysis.figures.style import (
+    COLORS,
+    MARKERS,
+    VERMILION,
+    color_ticks,
+    label_decades,
+    styled,
+)
 from gnp.analysis.runs import Run, number
 from gnp.errors import UserError
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+_LEAST_VALUES = 3  # of a number that is worth an axis
+_LOGARITHMIC = 20  # times the least value, from which the axis is
+_MOST_PANELS = 9
 
 # What marks a point of which seeds diverged.
 _CROSS: dict[str, Any] = {
@@ -183,6 +196,68 @@ def loss_against_error(runs: Sequence[Run]) -> Figure:
             _log_x(axes, losses)
     many_runs.legend(figure, many_runs.named(entries, found), note)
     return figure
+
+
+@styled
+def error_against_searched(runs: Sequence[Run]) -> Figure:
+    """The final test error against each number that differs, as after a search; a point a setting.
+
+    A point is the mean over the seeds; of those with a cross some diverged, and the mean is of the
+    others; at the upper edge all did. Its colour is what of the setting is no number, as the
+    policy. Each panel has all settings, whose other numbers differ too.
+
+    Raises:
+      UserError: if no number of a configuration has three values or more on one data set and model.
+    """
+    ended = settings.ended(runs, "the error against what was searched")
+    drawn = [
+        (title, field, found)
+        for title, inner in settings.panels(ended).items()
+        if settings.survivors(inner)
+        for found in [comparison.group(inner)]
+        for field in found[0].values
+        if len({_number(setting, field) for setting in found} - {None}) >= _LEAST_VALUES
+    ][:_MOST_PANELS]
+    if not drawn:
+        raise UserError(
+            "the error against what was searched needs finished runs of three values or more of a "
+            "number, as lr.base, on one data set and model"
+        )
+    kinds = list(dict.fromkeys(_kind(setting) for *_, found in drawn for setting in found))
+    kinds = kinds if len(kinds) <= len(COLORS) else []
+    figure, places = many_runs.grid([title for title, *_ in drawn])
+    entries: many_runs.Entries = {}
+    for axes, (_, field, found) in zip(places, drawn, strict=True):
+        known = [(setting, x) for setting in found if (x := _number(setting, field)) is not None]
+        for setting, x in known:
+            seeds = settings.survivors(setting.runs)
+            mean = float(np.mean([settings.final(run) for run in seeds])) if seeds else np.nan
+            index = kinds.index(_kind(setting)) if kinds else 0
+            look: Look = {"color": COLORS[index], "marker": MARKERS[index], "linestyle": "none"}
+            (point,) = axes.plot(x, mean, alpha=0.8, **look)
+            if len(kinds) > 1:
+                entries.setdefault(kinds[index], point)
+            if len(seeds) < len(setting.runs):
+                units = axes.transData if seeds else axes.get_xaxis_transform()
+                (cross,) = axes.plot(x, mean if seeds else 1, transform=units, **_CROSS)
+                entries["seeds diverged"] = cross
+        axes.set(xlabel=field, ylabel=settings.metric_label(found[0].runs))
+        values = [x for _, x in known]
+        if min(values) > 0 and max(values) >= _LOGARITHMIC * min(values):
+            _log_x(axes, values)
+    many_runs.legend(figure, entries)
+    return figure
+
+
+def _number(setting: Setting, field: str) -> float | None:
+    """The setting's value of a field; None where it is no number."""
+    value = setting.values[field]
+    return float(value) if isinstance(value, int | float) and type(value) is not bool else None
+
+
+def _kind(setting: Setting) -> str:
+    """What is no number in a setting, as "gr zero"."""
+    return labels.label({name: x for name, x in setting.values.items() if isinstance(x, str)})
 
 
 def _strength(run: Run) -> float:

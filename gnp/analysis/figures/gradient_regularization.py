@@ -116,6 +116,26 @@ def gradient_norm_by_policy(runs: Sequence[Run]) -> Figure:
     return _gradient_norm(chosen)
 
 
+@styled
+def adaptive_lr_by_policy(runs: Sequence[Run]) -> Figure:
+    """How far apart the adaptive learning rates are through training, a line a setting.
+
+    The standard deviation over the parameters of ln ψ, ψ = 1/√v, which `config.log.adaptive_lr`
+    logs. The warmup is shaded.
+
+    Raises:
+      UserError: if no run has logged it.
+    """
+    chosen = [run for run in runs if run.has("train", "adaptive_lr_log_std")]
+    if not chosen:
+        raise UserError(
+            "the adaptive learning rate through training needs runs of adaptive optimizers with "
+            "--config.log.adaptive_lr=True"
+        )
+    ylabel = "std of ln ψ, ψ = 1/√v"
+    return many_runs.draw_curves(chosen, "train", "adaptive_lr_log_std", ylabel, warmup=True)
+
+
 def _gradient_norm(runs: Sequence[Run]) -> Figure:
     return many_runs.draw_curves(runs, "train", "grad_norm", "gradient norm", warmup=True)
 
