@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # it takes half a second to load
 
 Path = str | os.PathLike[str]
 
+PRUNED = "pruned"  # the file that a search leaves in the work directory of a run it has stopped
+
 _MAX_DEPTH = 8  # folders inside of folders in which runs are looked for
 _MAX_FOLDERS = 20_000
 
@@ -226,6 +228,11 @@ def frame(source: Path | Sequence[Path | Run]) -> "pandas.DataFrame":
 def has_finished(run: Run) -> bool:
     """Whether the run came to its end."""
     return isinstance((run.result or {}).get("test"), dict)
+
+
+def was_pruned(run: Run) -> bool:
+    """Whether a search has stopped the run, since others did better."""
+    return not has_finished(run) and (run.workdir / PRUNED).exists()
 
 
 def has_diverged(run: Run) -> bool:

@@ -21,6 +21,7 @@ from gnp.analysis.comparison import (
     has_finished,
     metric,
     settings_of,
+    was_pruned,
 )
 from gnp.analysis.page import NONE, document, duration, entry, inline_svg, number
 from gnp.analysis.paper_tables import PAPER_TABLES
@@ -190,9 +191,12 @@ def _status(runs: Sequence[Run]) -> Iterator[str]:
     finished = sum(map(has_finished, runs))
     kind = "status done" if finished == len(runs) else "status"
     yield f'<p class="{kind}">{finished} of {len(runs)} finished</p>'
-    diverged = sum(map(has_diverged, runs))
-    if diverged:
-        yield f'<p class="status">{diverged} diverged</p>'
+    for count, state in (
+        (sum(map(has_diverged, runs)), "diverged"),
+        (sum(map(was_pruned, runs)), "pruned"),
+    ):
+        if count:
+            yield f'<p class="status">{count} {state}</p>'
 
 
 def _summary(settings: Sequence[Setting]) -> str:
@@ -221,7 +225,7 @@ def _left_out(runs: Sequence[Run], damaged: Sequence[str]) -> str:
     """The runs that no mean counts, by name, and those that could not be read."""
     names = _names(runs)
     told = [
-        (name, "diverged" if has_diverged(run) else f"not finished, {_progress(run)}")
+        (name, _state(run))
         for name, run in zip(names, runs, strict=True)
         if has_diverged(run) or not has_finished(run)
     ]
@@ -232,8 +236,13 @@ def _left_out(runs: Sequence[Run], damaged: Sequence[str]) -> str:
     return f"<h3>Left out of the means</h3>\n<ul>{items}</ul>"
 
 
-def _progress(run: Run) -> str:
-    return f"at epoch {number(run.last[1])} of {number(run.setting('epochs'))}"
+def _state(run: Run) -> str:
+    if has_diverged(run):
+        return "diverged"
+    if has_finished(run):
+        return "finished"
+    state = "pruned by the search" if was_pruned(run) else "not finished"
+    return f"{state}, at epoch {number(run.last[1])} of {number(run.setting('epochs'))}"
 
 
 def _missing(parts: Sequence[_Part]) -> str:
@@ -258,10 +267,8 @@ def _table_of_runs(settings: Sequence[Setting]) -> Table:
         for run in setting.runs:
             key = metric(run)
             final = run.final("test", key) * (100 if key == "error" else 1)
-            state = "finished" if has_finished(run) else _progress(run)
-            state = "diverged" if has_diverged(run) else state
             seed = str(run.setting("seed"))
-            rows.append((next(names), setting.label, seed, state, final, run.training_time))
+            rows.append((next(names), setting.label, seed, _state(run), final, run.training_time))
     columns = (
         *(Column("run"), Column("setting"), Column("seed"), Column("state")),
         *(Column("test error (%) or perplexity", "{:.2f}".format), Column("time", duration)),

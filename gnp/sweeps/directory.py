@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from gnp import config as gnp_config
+from gnp.analysis.comparison import PRUNED
 from gnp.errors import UserError
 from gnp.files import is_locked, lock, write_atomically
 from gnp.sweeps.trials import Recipe, Trial
@@ -140,6 +141,12 @@ def check(out: pathlib.Path, trials: Iterable[Trial]) -> None:
 def result(out: pathlib.Path, trial: Trial) -> dict[str, Any] | None:
     """What a trial wrote when it ended; None while it has not."""
     return workdir.result(epath.Path(trial.workdir(out)))
+
+
+def note_pruned(out: pathlib.Path, trial: Trial) -> None:
+    """Leaves a file in the work directory that says so, for readers of the run."""
+    with contextlib.suppress(OSError):
+        (trial.workdir(out) / PRUNED).touch()
 
 
 def in_training(out: pathlib.Path) -> dict[str, int]:

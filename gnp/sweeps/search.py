@@ -162,7 +162,10 @@ class Search:
         result = directory.result(self._out, trial)
         setting.results[setting.trials.index(trial)] = result
         if setting.is_pruned:
-            return outcome if result else Outcome("pruned", "worse than the median")
+            if result:
+                return outcome
+            directory.note_pruned(self._out, trial)
+            return Outcome("pruned", "worse than the median")
         if outcome.state == "failed":
             self.failed[trial.name] = outcome.text
             if any(trial.workdir(self._out).glob("nonfinite-*.npz")):

@@ -175,6 +175,14 @@ def test_a_damaged_run_is_told_and_stops_nothing(sweep, tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [f"left out: {x}" for x in told]
 
 
+def test_what_a_search_has_pruned_is_told(sweep, tmp_path):
+    for name in ("under-way", "off/seed-0"):  # which was continued, and has finished
+        (sweep / "trials" / name / "pruned").touch()
+    page = Page(report.write_comparison([sweep], tmp_path / "report"))
+    assert "1 pruned" in page.texts["p"]
+    assert page.texts["li"][1] == "under-way: pruned by the search, at epoch 4 of 10"
+
+
 def test_curves_that_cannot_be_drawn_are_told(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison_page.interactive, "write", lambda runs, path: refuse(runs))
     page = Page(report.write_comparison([sweep], tmp_path / "report"))

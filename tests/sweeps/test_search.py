@@ -158,7 +158,9 @@ def test_a_bad_setting_is_pruned_by_its_first_seed(tmp_path):
     assert not source.is_unwanted(bad, Progress(1, (0.4,)))
     assert not source.is_unwanted(bad, Progress(2, (0.4, 0.9)))  # its best so far is compared
     assert source.is_unwanted(bad, Progress(3, (0.4, 0.9, 0.9)))
+    bad.workdir(tmp_path).mkdir(parents=True, exist_ok=True)
     assert source.ended(bad, Outcome("failed", "exit code 75")).state == "pruned"
+    assert (bad.workdir(tmp_path) / "pruned").exists()  # which reports read
     assert not source.failed
     good = source.next().trials[0]
     assert good.setting != bad.setting  # its second seed is not trained
