@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import pathlib
 import re
 import shlex
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict
 from gnp import config as gnp_config
 from gnp.errors import UserError
 from gnp.sweeps.parameters import MAX_TRIALS
+
+_log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 160  # characters; file systems take 255 bytes, and ".log" is added
 
@@ -232,6 +235,9 @@ def product(
 ) -> list[Trial]:
     """The trials of all combinations of the values, all seeds of a setting one after another.
 
+    Without gradient regularization its other fields do nothing: of trials that differ in them alone
+    the first is trained, and a warning names the rest.
+
     Args:
       recipe: what they have in common.
       values: the values of each parameter, as `resolve` gives them.
@@ -252,15 +258,25 @@ def product(
         for combination in itertools.product(*values.values())
         for seed in seeds
     ]
-    names: dict[str, str] = {}
+    firsts: dict[str, Trial] = {}
     for trial in trials:
-        other = names.setdefault(json.dumps(trial.config.to_dict()), trial.name)
-        if other != trial.name:
+        fields = trial.config.to_dict()
+        if fields["gr"]["policy"] == "off":
+            fields["gr"] = None
+        first = firsts.setdefault(json.dumps(fields), trial)
+        if first is not trial and first.config.to_dict() == trial.config.to_dict():
             raise UserError(
-                f"trials {other} and {trial.name} have the same configuration: the config file "
-                "makes nothing of what differs"
+                f"trials {first.name} and {trial.name} have the same configuration: the config "
+                "file makes nothing of what differs"
             )
-    return trials
+    kept = {trial.name for trial in firsts.values()}
+    if left_out := [trial.name for trial in trials if trial.name not in kept]:
+        _log.warning(
+            "left out, since they differ from others in fields of gr that do nothing without "
+            "gradient regularization: %s",
+            "; ".join(left_out),
+        )
+    return list(firsts.values())
 
 
 def own_seed(recipe: Recipe, seeds: Sequence[int] | None) -> tuple[int, ...]:

@@ -137,6 +137,16 @@ def test_values_that_the_config_file_makes_nothing_of(tmp_path):
         trials_of("x=1,2", config=str(file))
 
 
+def test_without_regularization_its_fields_make_no_trials(caplog):
+    names = [x.name for x in trials_of("gr=off,zero;gr.radius=0.05,0.1", seeds=(0, 1))]
+    assert names == [
+        f"gr={policy},gr.radius={radius},seed={seed}"
+        for policy, radius in (("off", "0.05"), ("zero", "0.05"), ("zero", "0.1"))
+        for seed in (0, 1)
+    ]
+    assert "gr=off,gr.radius=0.1,seed=0; gr=off,gr.radius=0.1,seed=1" in caplog.text
+
+
 def test_a_seed_is_given_once():
     with pytest.raises(UserError, match="by --seeds and by --config"):
         trials_of("gr=off", ("seed", "4"), seeds=(0, 1))
