@@ -5,12 +5,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import logging
 import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -18,8 +17,6 @@ from ml_collections import ConfigDict
 from gnp import config as gnp_config
 from gnp.errors import UserError
 from gnp.sweeps.parameters import MAX_TRIALS
-
-_log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 160  # characters; file systems take 255 bytes, and ".log" is added
 
@@ -106,12 +103,13 @@ class Recipe:
             )
         return False
 
-    def fields_of(self, argument: str, texts: Sequence[str]) -> set[str]:
-        """The fields that tell which of its values an argument of the config file has.
+    def undone(self, argument: str, texts: Sequence[str], fields: Iterable[str]) -> list[str]:
+        """Which of the fields undo what an argument of the config file sets, if they are set too.
 
-        They are those that take the value as it is; where there is none, those that differ among
-        the values, or from the file's own if there is but one value. So `decay` may be combined
-        with weight_decay.value, which it sets too, but not with weight_decay.kind.
+        They are those that take its value as it is; where there is none, all that differ among its
+        values (or from the file's own, if there is but one), if all of them are set. So `decay` may
+        be combined with weight_decay.value, which it sets too, but not with weight_decay.kind, and
+        `scale` with epochs.
         """
         configs = {}
         for text in texts:
@@ -122,15 +120,17 @@ class Recipe:
         compared = list(configs.values())
         if len(compared) == 1:
             compared.append(gnp_config.flat(gnp_config.load(self._config_flag({}))))
-        fields = set().union(*compared)
-        differing = {x for x in fields if len({repr(config.get(x)) for config in compared}) > 1}
+        known = set().union(*compared)
+        differing = {x for x in known if len({repr(config.get(x)) for config in compared}) > 1}
         verbatim = {
             x
-            for x in fields
+            for x in known
             if all(str(config.get(x)).lower() == text.lower() for text, config in configs.items())
         }
-        # Of a single value that is the file's own nothing differs.
-        return verbatim & differing or differing or verbatim
+        given = {*fields}
+        if told := verbatim & differing or (verbatim if not differing else set()):
+            return sorted(told & given)
+        return sorted(differing) if differing and differing <= given else []
 
     def canonical(self, name: str, text: str) -> str:
         """A field's value as it is written in names, so that 1e-3 and 0.001 are one value.
@@ -219,7 +219,7 @@ def resolve(
     flags = {field: f"--config.{field}" for field in set_already}
     flags |= {name: name for name in resolved if name not in arguments}
     for argument in arguments:
-        if undone := sorted(recipe.fields_of(argument, resolved[argument]) & {*flags}):
+        if undone := recipe.undone(argument, resolved[argument], flags):
             raise UserError(
                 f"config.{undone[0]} is set by the argument {argument} and by {flags[undone[0]]}, "
                 "and a trial's name would say what it does not train; leave one"
@@ -235,8 +235,8 @@ def product(
 ) -> list[Trial]:
     """The trials of all combinations of the values, all seeds of a setting one after another.
 
-    Without gradient regularization its other fields do nothing: of trials that differ in them alone
-    the first is trained, and a warning names the rest.
+    Without gradient regularization its other fields do nothing: such trials are trained once, and
+    have none of them.
 
     Args:
       recipe: what they have in common.
@@ -245,7 +245,8 @@ def product(
       seeds: the seeds; None for the configuration's own.
 
     Raises:
-      UserError: for too many trials, one that is not valid, or two of one configuration.
+      UserError: for too many trials, one that is not valid, two of one configuration, or fields of
+        gradient regularization without any.
     """
     seeds = own_seed(recipe, seeds)
     count = len(seeds)
@@ -253,30 +254,27 @@ def product(
         count *= len(texts)
     if count > MAX_TRIALS:
         raise UserError(f"this makes {count:,} trials; a sweep has at most {MAX_TRIALS:,}")
-    trials = [
-        recipe.trial(dict(zip(values, combination, strict=True)), arguments, seed)
-        for combination in itertools.product(*values.values())
-        for seed in seeds
-    ]
-    firsts: dict[str, Trial] = {}
-    for trial in trials:
-        fields = trial.config.to_dict()
-        if fields["gr"]["policy"] == "off":
-            fields["gr"] = None
-        first = firsts.setdefault(json.dumps(fields), trial)
-        if first is not trial and first.config.to_dict() == trial.config.to_dict():
+    of_gr = {x for x in values if x.startswith("gr.") and x not in ("gr.policy", *arguments)}
+    trials: dict[str, Trial] = {}
+    for combination in itertools.product(*values.values()):
+        for seed in seeds:
+            chosen = dict(zip(values, combination, strict=True))
+            trial = recipe.trial(chosen, arguments, seed)
+            if of_gr and trial.config.gr.policy == "off":
+                used = {name: text for name, text in chosen.items() if name not in of_gr}
+                trial = recipe.trial(used, arguments, seed)
+            trials[trial.name] = trial
+    if of_gr and all(trial.config.gr.policy == "off" for trial in trials.values()):
+        raise UserError(f"{min(of_gr)} does nothing in any trial: gr.policy is off")
+    names: dict[str, str] = {}
+    for trial in trials.values():
+        other = names.setdefault(json.dumps(trial.config.to_dict()), trial.name)
+        if other != trial.name:
             raise UserError(
-                f"trials {first.name} and {trial.name} have the same configuration: the config "
-                "file makes nothing of what differs"
+                f"trials {other} and {trial.name} have the same configuration: the config file "
+                "makes nothing of what differs"
             )
-    kept = {trial.name for trial in firsts.values()}
-    if left_out := [trial.name for trial in trials if trial.name not in kept]:
-        _log.warning(
-            "left out, since they differ from others in fields of gr that do nothing without "
-            "gradient regularization: %s",
-            "; ".join(left_out),
-        )
-    return list(firsts.values())
+    return list(trials.values())
 
 
 def own_seed(recipe: Recipe, seeds: Sequence[int] | None) -> tuple[int, ...]:

@@ -122,7 +122,6 @@ def test_a_field_beside_an_argument_that_keeps_its_meaning(config, grid, overrid
 def test_an_argument_without_a_field_of_its_value_is_told_by_the_fields_that_differ():
     folder = str(ROOT / "configs/folder.py")
     for grid in ("augment=crop,heavy", "augment=heavy"):
-        assert Recipe.parse(folder, []).fields_of(*parse_grid([grid]).popitem()) == {"data.augment"}
         assert trials_of(grid, ("data.image_size", "64"), config=folder)
         with pytest.raises(UserError, match=r"config.data.augment is set by the argument augment"):
             trials_of(grid, ("data.augment", "flip"), config=folder)
@@ -137,14 +136,24 @@ def test_values_that_the_config_file_makes_nothing_of(tmp_path):
         trials_of("x=1,2", config=str(file))
 
 
-def test_without_regularization_its_fields_make_no_trials(caplog):
-    names = [x.name for x in trials_of("gr=off,zero;gr.radius=0.05,0.1", seeds=(0, 1))]
-    assert names == [
-        f"gr={policy},gr.radius={radius},seed={seed}"
-        for policy, radius in (("off", "0.05"), ("zero", "0.05"), ("zero", "0.1"))
-        for seed in (0, 1)
-    ]
-    assert "gr=off,gr.radius=0.1,seed=0; gr=off,gr.radius=0.1,seed=1" in caplog.text
+def test_without_regularization_its_fields_make_no_trials():
+    for radii in ("0.05,0.1", "0.1,0.05"):
+        made = trials_of(f"gr=off,zero;gr.radius={radii}", seeds=(0, 1))
+        assert {trial.name for trial in made} == {
+            f"gr={setting},seed={seed}"
+            for setting in ("off", "zero,gr.radius=0.05", "zero,gr.radius=0.1")
+            for seed in (0, 1)
+        }
+        assert not any("gr.radius" in flag for flag in made[0].flags)
+    with pytest.raises(UserError, match=r"gr.radius does nothing in any trial: gr.policy is off"):
+        trials_of("gr=off;gr.radius=0.05,0.1")
+
+
+def test_an_argument_of_many_fields_may_be_combined_with_one_of_them():
+    config = str(ROOT / "configs/cifar_cnn.py")
+    made = trials_of("scale=small;optimizer=adam", ("epochs", "2"), config=config)
+    assert [trial.config.epochs for trial in made] == [2]
+    assert len(trials_of("scale=small;epochs=4,8", config=config)) == 2
 
 
 def test_a_seed_is_given_once():
