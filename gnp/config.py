@@ -272,7 +272,11 @@ def from_json(text: str, *, where: str) -> ConfigDict:
     config = default()
     known = flat(config)
     try:
-        for field, value in flat(json.loads(text)).items():
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    try:
+        for field, value in flat(fields).items():
             if field not in known and field not in _REMOVED:
                 raise ValueError(unknown("field", field, known))
             if value is not None and field in known:

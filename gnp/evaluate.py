@@ -87,7 +87,14 @@ def _workdirs(given: list[epath.Path], damaged: list[str]) -> list[epath.Path]:
         if runs.is_workdir(folder) or not folder.is_dir():
             found[folder] = None
         else:
-            found |= dict.fromkeys(run.workdir for run in comparison.find([folder], damaged))
+            problems: list[str] = []
+            try:
+                found |= dict.fromkeys(run.workdir for run in comparison.find([folder], problems))
+            except UserError as error:
+                if len(given) == 1:
+                    raise
+                problems = problems or [str(error)]
+            damaged += problems
     return list(found)
 
 
@@ -200,6 +207,7 @@ def _measure(
 def _table(row: dict[str, Any], *, first: bool) -> list[str]:
     """The lines of a table for a row of measures, with its head if it is the first."""
     values, errors = row["eigenvalues"], row["eigenvalue_errors"]
+    count = row["settings"]["eigenvalues"]
     last = _with_error(*values[-1:], *errors[-1:])
     columns = [
         ("step", f"{row['step']}", 8),
@@ -208,7 +216,7 @@ def _table(row: dict[str, Any], *, first: bool) -> list[str]:
         ("‖∇L‖", f"{row['grad_norm']:.4g}", 10),
         ("‖θ‖", f"{row['weight_norm']:.4g}", 8),
         ("λ₁", _with_error(*values[:1], *errors[:1]), 18),
-        (f"λ{str(len(values)).translate(_SUBSCRIPTS)}", last, 18),
+        *[(f"λ{str(count).translate(_SUBSCRIPTS)}", last, 18)] * (count > 1),
         ("trace", _with_error(row["trace"], row["trace_error"]), 18),
         (f"SAM {row['radius']:g}", f"{row['sam_sharpness']:.4g}", 12),
     ]

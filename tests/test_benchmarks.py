@@ -184,7 +184,7 @@ def test_a_pod_on_paper(tmp_path):
     assert next(row["value"] for row in rows if row["unit"] == "ms") == pytest.approx(340.608)
 
 
-@pytest.mark.slow  # four processes
+@pytest.mark.soak  # four processes
 def test_scaling(tmp_path):
     """What 8 devices exchange is known: it is met on any machine."""
     rows = rows_of("train", tmp_path / "rows.jsonl", *TINY, "--parts=scaling")
@@ -233,7 +233,7 @@ def test_collectives_of_a_program(scripts):
     assert found == [("all-reduce", 44, 4), ("all-gather", 128, 0), ("all-to-all", 16, 0)]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_utilization(scripts, monkeypatch):
     bench_train = scripts("bench_train")
     rates = iter([1e9, 3e9])

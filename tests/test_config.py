@@ -201,7 +201,7 @@ def test_json_and_back():
     assert gnp_config.from_json(text, where="x").to_dict() == config.to_dict()
     with pytest.raises(UserError, match="x is not a configuration"):
         gnp_config.from_json('{"nope": 1}', where="x")
-    with pytest.raises(UserError, match="x is not a configuration"):
+    with pytest.raises(UserError, match="x is not valid JSON"):
         gnp_config.from_json("{", where="x")
 
 

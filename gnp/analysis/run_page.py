@@ -81,6 +81,12 @@ _PANELS = (
         figures.decay_factor,
         (("train", "swd_factor", "1/√v̄"),),
     ),
+    _Panel(
+        "Adaptive learning rate",
+        "How far apart ψ = 1/√v of the parameters are.",
+        figures.adaptive_lr,
+        (("train", "adaptive_lr_log_std", "std of ln ψ"),),
+    ),
 )
 
 _GR = {

@@ -25,9 +25,9 @@ from gnp.errors import UserError
 def compare(runs: Sequence[Run]) -> Table:
     """All settings of the runs, a row each, with what they cost.
 
-    Settings compete within a data set and a model's name. The baseline of one with gradient
-    regularization is the same setting without; otherwise it is AdamW (Adam with decoupled decay)
-    with the same other fields, of several the one with the lowest mean.
+    Settings compete within a data set, a model's name and a length. The baseline of one with
+    gradient regularization is the same setting without; otherwise it is AdamW (Adam with decoupled
+    decay) with the same other fields, of several the one with the lowest mean.
 
     Raises:
       UserError: if there are no runs, or a configuration is not of this version.
@@ -39,7 +39,7 @@ def compare(runs: Sequence[Run]) -> Table:
     scores = [score(setting.runs) for setting in settings]
     plain = [_plain(i, fields) for i in range(len(settings))]
     cells: list[Cell] = [Cell(each) for each in scores]
-    for members in _together([(f["data.name"], f["model.name"]) for f in fields]):
+    for members in _together([(f["data.name"], f["model.name"], f["epochs"]) for f in fields]):
         baselines = [
             plain[i] if plain[i] is not None else _adamw(i, members, fields, scores)
             for i in members
@@ -72,8 +72,9 @@ def compare(runs: Sequence[Run]) -> Table:
     shown = {c: v for c, v in columns.items() if any(x is not None and x == x for x in v)}
     caption = [
         *legend(cells, "the baseline"),
-        "Settings of one data set and model are compared; the baseline is the same setting without "
-        "GR, or else with AdamW." * any(cell.against_baseline is not None for cell in cells),
+        "Settings of one data set, model and length are compared; the baseline is the same setting "
+        "without GR, or else with AdamW."
+        * any(cell.against_baseline is not None for cell in cells),
         "Several runs of one seed count as one, their mean."
         * any(len({run.setting("seed") for run in x.runs}) < len(x.runs) for x in settings),
         "Time is that of the runs' clocks; time / without GR is of their steps alone, without "

@@ -155,7 +155,9 @@ def _run(
         _say(f"stopped; to go on:\n  {shell(sys.orig_argv)}")
         return code
     if source.failed:
-        print(f"failed: {'; '.join(source.failed)}\nthe same command tries them again")
+        print(f"failed: {'; '.join(source.failed)}")
+    if count.get("failed"):
+        print(source.advice())
     report = out / "report"
     if flags.report and count.get("done"):
         from gnp.report import write_comparison  # here, since only this needs it
@@ -163,7 +165,7 @@ def _run(
         print(f"report: {write_comparison([out], report)}")
     elif count.get("done"):
         print(f"report: {shell(['python', '-m', 'gnp.report', str(out), f'--out={report}'])}")
-    return 1 if source.failed else 0
+    return 1 if count.get("failed") else 0
 
 
 def _say(line: str) -> None:

@@ -40,6 +40,9 @@ class Source(Protocol):
     def ended(self, trial: Trial, outcome: Outcome) -> Outcome:
         """Hears how a trial ended, and says how that is to be told."""
 
+    def advice(self) -> str:
+        """What may be done about trials that have failed."""
+
     def lines(self) -> list[summary.Line]:
         """The settings with the values of their finished trials."""
 
@@ -106,6 +109,10 @@ class Grid:
         if outcome.state == "failed":
             self.failed[trial.name] = outcome.text
         return outcome
+
+    def advice(self) -> str:
+        """What may be done about trials that have failed."""
+        return "the same command tries them again"
 
     def lines(self) -> list[summary.Line]:
         """The settings in the order of the grid."""

@@ -175,6 +175,15 @@ class Search:
         self._tell_if_complete(setting)
         return outcome
 
+    def advice(self) -> str:
+        """What may be done about trials that have failed."""
+        if any(setting.has_diverged for setting in self._settings.values()):
+            return (
+                "the same command tries them again, but for those that diverged: they are judged "
+                "the worst"
+            )
+        return "the same command tries them again"
+
     def lines(self) -> list[summary.Line]:
         """The settings that were drawn; of the pruned ones what was finished."""
         return [

@@ -290,8 +290,8 @@ def _half_cosine(progress: jax.Array) -> jax.Array:
 def _log_std(nu: Any) -> jax.Array:
     r"""The standard deviation over parameters of :math:`\ln \psi = -\frac12 \ln v`.
 
-    Of ψ's logarithm, so that the bias correction and the scale of the loss cancel, and so that few
-    parameters whose gradient is 0 but for rounding do not decide, as they do of ψ's variance.
+    Of ψ's logarithm, so that the bias correction and the scale of the loss cancel, and so that
+    parameters whose gradient is 0 but for rounding are outliers; of ψ's variance they are all.
     Entries of 0 are left out; where all are, it is 0.
     """
     leaves = jax.tree.leaves(nu)

@@ -271,6 +271,7 @@ def test_the_command_line_measures_what_has_not_been_measured(finished, tmp_path
     assert [r["step"] for r in measures.load(workdir)] == [10, 14]
     head, first, second, _ = done.stdout.splitlines()[1:]
     assert head.split()[:5] == ["step", "epoch", "loss", "‖∇L‖", "‖θ‖"]
+    assert head.count("λ") == 1  # the first eigenvalue is the last one too
     assert first.split()[0] == "10" and float(second.split()[2]) == pytest.approx(
         measures.load(workdir)[1]["loss"], abs=1e-4
     )
@@ -307,21 +308,29 @@ def test_the_command_line_measures_what_has_not_been_measured(finished, tmp_path
 
 @pytest.mark.slow
 def test_a_folder_of_runs_is_measured_one_after_another_whatever_fails(finished, tmp_path):
-    """The first has no checkpoint, the last is damaged; one is given a second time."""
+    """The first has no checkpoint, the last are damaged; one is given a second time."""
     (tmp_path / "runs/a").mkdir(parents=True)
     shutil.copy(finished / "config.json", tmp_path / "runs/a")
-    (tmp_path / "runs/d").mkdir()
-    (tmp_path / "runs/d/config.json").write_text("{")
+    for name in ("runs/d", "bad/e"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{")
     for name in ("b", "c"):
         ignored = shutil.ignore_patterns("sharpness.jsonl", "10")
         shutil.copytree(finished, tmp_path / "runs" / name, ignore=ignored)
     flags = [f"--workdir={tmp_path}/runs", f"--workdir={tmp_path}/runs/b", "--sharpness"]
-    flags += ["--eigenvalues=1", "--lanczos_steps=2", "--trace_probes=2", "--max_examples=20"]
+    flags += [
+        f"--workdir={tmp_path}/bad",
+        "--eigenvalues=1",
+        "--lanczos_steps=2",
+        "--trace_probes=2",
+        "--max_examples=20",
+    ]
     done = run("evaluate", *flags, "--json")
     assert done.returncode == 1
     assert f"error: no checkpoint in {tmp_path}/runs/a" in done.stderr
-    assert f"error: {tmp_path}/runs/d/config.json is not valid JSON" in done.stderr
-    assert done.stderr.endswith("2 of 4 runs could not be measured\n")
+    for name in ("runs/d", "bad/e"):
+        assert f"error: {tmp_path}/{name}/config.json is not valid JSON" in done.stderr
+    assert done.stderr.endswith("3 of 5 runs could not be measured\n")
     names = [str(tmp_path / "runs" / name) for name in ("b", "c")]
     assert [(row["workdir"], row["step"]) for row in json.loads(done.stdout)] == [
         (name, 14) for name in names

@@ -151,6 +151,22 @@ def test_every_figure_survives_what_goes_wrong(name, suitable, tmp_path, check):
     check(figures.PAPER_FIGURES[name].draw([*broken, *alone]))
 
 
+def test_error_by_policy_has_a_row_for_each_radius(check):
+    """And in each the runs without regularization, which has none."""
+    runs = [
+        *seeds((0.3, 0.4), gr_policy="off", gr_radius=0.7),
+        *seeds((0.1, 0.2), gr_policy="zero", gr_radius=0.05),
+        *seeds((0.5, 0.6), gr_policy="zero", gr_radius=0.1),
+    ]
+    figure = figures.error_by_policy(runs)
+    check(figure)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["r 0.05", "r 0.1"]
+    means = {container[0].get_xdata()[0] for container in axes.containers}
+    assert {round(float(mean), 6) for mean in means} == {35.0 + 20, 15.0 + 20, 55.0 + 20}
+    assert len(axes.containers) == 4
+
+
 def test_what_was_searched_has_an_axis_each_and_all_points_in_each(check):
     found = [(1e-4, 0.1, "off"), (3e-3, 0.3, "zero"), (0.02, 0.2, "zero"), (0.5, 0.1, "zero")]
     runs = [

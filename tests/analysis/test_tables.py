@@ -157,6 +157,14 @@ def test_the_baseline_has_the_same_other_fields(tmp_path):
     assert against["gr none, lr 0.01"].p == pytest.approx(expected)
 
 
+def test_lengths_do_not_compete(tmp_path):
+    runs = seeds(tmp_path / "a", [0.1, 0.1]) + seeds(tmp_path / "b", [0.2, 0.2], epochs=5.0)
+    runs += seeds(tmp_path / "c", [0.3, 0.3], epochs=5.0, lr__base=0.1)
+    table = tables.compare(runs)
+    best = {row[0] for row in table.rows if row[1].best}
+    assert best == {"lr 0.001, epochs 5"}
+
+
 def test_models_and_data_sets_do_not_compete(tmp_path):
     runs = seeds(tmp_path / "a", [0.1, 0.1]) + seeds(tmp_path / "b", [0.2, 0.2], lr__base=0.1)
     other = {"model__name": "vit_s"}

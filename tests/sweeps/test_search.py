@@ -123,6 +123,7 @@ def test_one_that_ended_at_such_a_step_is_too_and_is_not_tried_again(tmp_path):
     assert source.count() == {"done": 0, "failed": 2, "pruned": 0, "waiting": 2}
     again = search(tmp_path, seeds=(0, 1), num_settings=2)
     assert again.count() == {"done": 0, "failed": 2, "pruned": 0, "waiting": 2}
+    assert again.advice().endswith("but for those that diverged: they are judged the worst")
     names = [trial.setting for trial in work(again, tmp_path, 2)]
     assert bad.setting not in names and again.next() is None
     assert study(tmp_path).trials[1].value == 0.5
@@ -134,6 +135,7 @@ def test_failed_and_interrupted_settings_are_continued_first(tmp_path):
     end(source, tmp_path, done, 0.25)
     assert source.ended(failed, Outcome("failed", "why")) == ("failed", "why")
     assert source.failed == {failed.name: "why"}
+    assert source.advice() == "the same command tries them again"
     assert source.count() == {"done": 1, "failed": 1, "pruned": 0, "waiting": 4}
     under_way = source.next().trials[0]
     again = search(tmp_path, seeds=(0, 1), num_settings=3)

@@ -214,7 +214,7 @@ def test_work_directories_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="cannot write the work directory"):
         train(make_config(), tmp_path / "file")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is not a configuration of this version"):
+    with pytest.raises(UserError, match=r"config.json is not valid JSON"):
         train(make_config(), tmp_path)
 
 

@@ -26,6 +26,7 @@ from gnp.analysis.figures.gradient_regularization import (
     variance_surface,
 )
 from gnp.analysis.figures.one_run import (
+    adaptive_lr,
     decay_factor,
     error,
     gradient_norm,
@@ -59,6 +60,7 @@ __all__ = [
     "INK",
     "PAPER_FIGURES",
     "PaperFigure",
+    "adaptive_lr",
     "adaptive_lr_by_policy",
     "adaptive_lr_spread",
     "adaptive_lr_variance",

@@ -204,20 +204,21 @@ def error_against_searched(runs: Sequence[Run]) -> Figure:
 
     A point is the mean over the seeds; of those with a cross some diverged, and the mean is of the
     others; at the upper edge all did. Its colour is what of the setting is no number, as the
-    policy. Each panel has all settings, whose other numbers differ too.
+    policy. Each panel has all settings that use its number, whose other numbers differ too.
 
     Raises:
       UserError: if no number of a configuration has three values or more on one data set and model.
     """
     ended = settings.ended(runs, "the error against what was searched")
-    drawn = [
+    panels = [
         (title, field, found)
         for title, inner in settings.panels(ended).items()
         if settings.survivors(inner)
         for found in [comparison.group(inner)]
         for field in found[0].values
         if len({_number(setting, field) for setting in found} - {None}) >= _LEAST_VALUES
-    ][:_MOST_PANELS]
+    ]
+    drawn = panels[:_MOST_PANELS]
     if not drawn:
         raise UserError(
             "the error against what was searched needs finished runs of three values or more of a "
@@ -241,11 +242,13 @@ def error_against_searched(runs: Sequence[Run]) -> Figure:
                 units = axes.transData if seeds else axes.get_xaxis_transform()
                 (cross,) = axes.plot(x, mean if seeds else 1, transform=units, **_CROSS)
                 entries["seeds diverged"] = cross
-        axes.set(xlabel=field, ylabel=settings.metric_label(found[0].runs))
+        shown = settings.survivors(run for setting in found for run in setting.runs)
+        axes.set(xlabel=field, ylabel=settings.metric_label(shown))
         values = [x for _, x in known]
         if min(values) > 0 and max(values) >= _LOGARITHMIC * min(values):
             _log_x(axes, values)
-    many_runs.legend(figure, entries)
+    note = f"{len(drawn)} of {len(panels)} numbers" if len(drawn) < len(panels) else ""
+    many_runs.legend(figure, entries, note)
     return figure
 
 

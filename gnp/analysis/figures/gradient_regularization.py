@@ -4,12 +4,15 @@ Reference: Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 20
 (arXiv:2406.09723).
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import patheffects, ticker
 from matplotlib.figure import Figure
 
+from gnp.analysis import comparison
 from gnp.analysis.figures import many_runs, settings
 from gnp.analysis.figures.style import COLORS, MARKERS, styled
 from gnp.analysis.labels import text
@@ -32,7 +35,8 @@ def error_by_policy(runs: Sequence[Run]) -> Figure:
       UserError: if no data set and model has finished runs of two policies (gr.policy) or more.
     """
     runs = settings.ended(runs, "the error by policy")
-    rows = settings.of(settings.differing(runs, _policy), ("gr.policy", "data.name"))
+    runs = list(_beside_regularized(settings.differing(runs, _policy)))
+    rows = settings.of(runs, ("gr.policy", "data.name"))
     rows, note = settings.best([row for row in rows if settings.survivors(row.runs)])
     if not rows:
         raise UserError(
@@ -126,18 +130,37 @@ def adaptive_lr_by_policy(runs: Sequence[Run]) -> Figure:
     Raises:
       UserError: if no run has logged it.
     """
-    chosen = [run for run in runs if run.has("train", "adaptive_lr_log_std")]
-    if not chosen:
+    if not any(run.has("train", "adaptive_lr_log_std") for run in runs):
         raise UserError(
             "the adaptive learning rate through training needs runs of adaptive optimizers with "
             "--config.log.adaptive_lr=True"
         )
     ylabel = "std of ln ψ, ψ = 1/√v"
-    return many_runs.draw_curves(chosen, "train", "adaptive_lr_log_std", ylabel, warmup=True)
+    return many_runs.draw_curves(runs, "train", "adaptive_lr_log_std", ylabel, warmup=True)
 
 
 def _gradient_norm(runs: Sequence[Run]) -> Figure:
     return many_runs.draw_curves(runs, "train", "grad_norm", "gradient norm", warmup=True)
+
+
+def _beside_regularized(runs: Sequence[Run]) -> Iterator[Run]:
+    """The runs; one without regularization once for each radius, ratio, … that it stands beside."""
+
+    def others(run: Run) -> str:
+        fields = comparison.settings_of(run)
+        return repr([(k, x) for k, x in fields.items() if not k.startswith("gr.") and k != "seed"])
+
+    used: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if _policy(run) != "off":
+            fields = run.config["gr"] | {"policy": "off"}
+            used.setdefault(others(run), {})[repr(sorted(fields.items()))] = fields
+    for run in runs:
+        beside = used.get(others(run), {}) if _policy(run) == "off" else {}
+        for fields in beside.values():
+            yield dataclasses.replace(run, config=run.config | {"gr": fields})
+        if not beside:
+            yield run
 
 
 def _policy(run: Run) -> str:

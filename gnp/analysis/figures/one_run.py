@@ -113,6 +113,14 @@ def decay_factor(run: Run) -> Figure:
     return _finish(figure, [axes], run, run.gr_warmup)
 
 
+@styled
+def adaptive_lr(run: Run) -> Figure:
+    """The standard deviation over parameters of ln ψ, ψ = 1/√v, against the epoch."""
+    figure, axes = _new("std of ln ψ, ψ = 1/√v")
+    _draw(axes, run, "train", "adaptive_lr_log_std", color=BLUE, linewidth=2.0)
+    return _finish(figure, [axes], run, run.learning_rate_warmup)
+
+
 def _new(label: str) -> tuple[Figure, Axes]:
     figure = Figure()
     axes = figure.subplots()

@@ -31,6 +31,8 @@ def of(runs: Iterable[Run], across: Sequence[str] = PANEL) -> list[Setting]:
             section, name = field.split(".")
             if isinstance(config.get(section), dict):
                 config[section].pop(name, None)  # taken to be at its default
+        if "gr.policy" in across and isinstance(config.get("gr"), dict):
+            config["gr"]["policy"] = "none"  # with "off" none of its other fields would count
         changed.append(dataclasses.replace(run, config=config))
         originals[id(changed[-1])] = run
     return [
