@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from gnp import command_line
-from gnp.analysis import run_page, runs
+from gnp.analysis import measures, run_page, runs
 from gnp.errors import UserError
 from gnp.files import write_atomically
 
@@ -70,6 +70,11 @@ def write_comparison(
 
     damaged: list[str] = []
     found = find(directories, damaged)
+    for run in found:
+        try:
+            measures.current(run.workdir)
+        except UserError as error:  # figures leave it out
+            damaged.append(str(error))
     for problem in damaged:
         _log.warning("left out: %s", problem)
     return write_pages(found, epath.Path(out), damaged)

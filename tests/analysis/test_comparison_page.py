@@ -168,10 +168,12 @@ def test_a_damaged_run_is_told_and_stops_nothing(sweep, tmp_path, caplog):
     (sweep / "trials" / "off" / "seed-0" / "config.json").write_text("{")
     other = sweep / "trials" / "zero" / "seed-1" / "config.json"
     other.write_text(json.dumps(json.loads(other.read_text()) | {"x": 1}))
+    (sweep / "trials" / "zero" / "seed-2" / "sharpness.jsonl").write_text("{\n{}\n")
     page = Page(report.write_comparison([sweep], tmp_path / "report"))
     assert page.texts["title"] == ["vit_ti on cifar10: 9 runs"]
-    told = [item for item in page.texts["li"] if "config.json" in item]
+    told = [item for item in page.texts["li"] if ".json" in item]
     assert "seed-0/config.json is not valid JSON" in told[0] and "unknown field 'x'" in told[1]
+    assert "seed-2/sharpness.jsonl, line 1" in told[2]
     assert [record.getMessage() for record in caplog.records] == [f"left out: {x}" for x in told]
 
 

@@ -151,6 +151,16 @@ def test_every_figure_survives_what_goes_wrong(name, suitable, tmp_path, check):
     check(figures.PAPER_FIGURES[name].draw([*broken, *alone]))
 
 
+def test_a_damaged_file_of_measures_takes_no_other_run_with_it(tmp_path):
+    whole = measured_run(tmp_path / "a", gr_policy="off")
+    damaged = measured_run(tmp_path / "b", gr_policy="zero")
+    (tmp_path / "b" / "sharpness.jsonl").write_text("{\n{}\n")
+    (line,) = lines(figures.sam_sharpness([whole, damaged]).axes[0])
+    assert len(line.get_xdata()) == 3
+    with pytest.raises(UserError, match=r"b/sharpness\.jsonl, line 1"):
+        figures.sam_sharpness([damaged])
+
+
 def test_error_by_policy_has_a_row_for_each_radius(check):
     """And in each the runs without regularization, which has none."""
     runs = [

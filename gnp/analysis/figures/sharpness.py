@@ -3,7 +3,8 @@
 Everything here reads the runs' `sharpness.jsonl` (see `gnp.analysis.measures`). The measures of one
 data set and model are only shown together if they were measured alike: over as many examples, with
 the same radius, …. Of several settings that all its runs were measured with, a figure shows those
-of most rows, of these the newest; where there are none it raises `UserError`.
+of most rows, of these the newest; where there are none it raises `UserError`. A run whose file is
+damaged is left out.
 """
 
 from collections.abc import Sequence
@@ -194,14 +195,22 @@ def _measured_alike(runs: Sequence[Run], key: str) -> dict[int, dict[int, _Row]]
     from gnp.analysis import measures
 
     names, workdirs = _DEPENDS[key], {}
+    damaged: list[UserError] = []
     by_values: dict[tuple[Any, ...], dict[int, dict[int, _Row]]] = {}
     for run in runs:
-        for row in measures.current(run.workdir):
+        try:
+            measured = measures.current(run.workdir)
+        except UserError as error:  # it keeps no other run from being shown
+            damaged.append(error)
+            continue
+        for row in measured:
             if _has(row[key]):
                 workdirs[id(run)] = run.workdir
                 values = tuple(row["settings"].get(name) for name in names)
                 by_values[values] = by_values.pop(values, {})  # the newest are the last
                 by_values[values].setdefault(id(run), {})[row["step"]] = row
+    if not by_values and damaged:
+        raise damaged[0]
     if not by_values:
         return {}
 
