@@ -51,7 +51,7 @@ def rows_of(name, path, *flags, at_least=()):
     return rows
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_transforms(tmp_path):
     sizes = ("--batch_size=2", "--width=8", "--depth=1", "--num_heads=1")
     rows = rows_of("transforms", tmp_path / "rows.jsonl", *sizes)
@@ -199,11 +199,9 @@ def test_scaling(tmp_path):
 
 @pytest.mark.parametrize(
     "parts",
-    [
-        pytest.param("steps", marks=pytest.mark.slow),
-        pytest.param("runs", marks=pytest.mark.soak),  # six runs from nothing
-    ],
+    ["steps", "runs"],  # the latter are six runs from nothing
 )
+@pytest.mark.soak
 def test_sweep(tmp_path, parts):
     sizes = ("--seeds=2", "--epochs=0.1", f"--parts={parts}")
     rows = rows_of("sweep", tmp_path / "rows.jsonl", *sizes)

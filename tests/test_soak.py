@@ -51,7 +51,7 @@ print(json.dumps({"samples": samples, "result": result, "compiled": compiled}))
 """
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="what a process holds: Linux")
 def test_very_many_steps(tmp_path):
     flags = {

@@ -142,6 +142,7 @@ def read(reader, num_workers, first=0, count=None, devices=1):
     return jax.device_get(batches)
 
 
+@pytest.mark.slow
 def test_batches_depend_neither_on_workers_nor_on_where_a_run_is_continued():
     """Random crops included; with a run of three epochs, in this process and in 1 and 3 others."""
     rng = np.random.default_rng(0)

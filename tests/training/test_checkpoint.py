@@ -199,6 +199,7 @@ def test_without_a_usable_one_it_is_an_error_and_no_fresh_start(finished, tmp_pa
     assert not (workdir / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_one_that_is_asked_for_is_not_replaced(finished, tmp_path):
     workdir = copy(finished, tmp_path)
     zero(workdir / "checkpoints" / "29" / "about" / "metadata", None)
@@ -285,6 +286,7 @@ def test_the_checksum_does_not_depend_on_the_layout():
 # --- What is kept -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_beside_the_newest(tmp_path):
     fields = {"checkpoint__best": "test/error", "checkpoint__keep": 1, "eval__every": "4st"}
     train(make_config(lr__base=0.05, **fields), tmp_path)  # a rate at which it goes up and down

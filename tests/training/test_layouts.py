@@ -154,8 +154,8 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     """Only the first looks at the work directory's configuration."""
     (tmp_path / "config.json").write_text("{")
     (first, _), (second, _) = two_processes(tmp_path, mesh__data=8)
-    assert first.startswith("UserError") and "is not a configuration of this version" in first
-    assert second.startswith("UserError('process 0 of 2: ") and "is not a config" in second
+    assert first.startswith("UserError") and "is not valid JSON" in first
+    assert second.startswith("UserError('process 0 of 2: ") and "is not valid JSON" in second
 
 
 def shape(*sizes):

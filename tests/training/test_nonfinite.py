@@ -129,6 +129,7 @@ def test_too_many_in_a_row_stop_it(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path).steps()[0] == 9
 
 
+@pytest.mark.slow
 def test_rollback_goes_on_with_the_batches_after_the_bad_one(tmp_path, monkeypatch, caplog):
     """As a run that was continued by hand from the checkpoint, at another batch."""
     config = make_config(on_nonfinite="rollback")
