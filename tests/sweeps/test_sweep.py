@@ -1,6 +1,7 @@
 """Sweeps from the flags to the table: what is trained, what is not trained again, what fails."""
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -53,6 +54,25 @@ def test_a_grid_its_table_and_its_directory(run, capsys):
         "seeds": [0, 1],
         "metric": "test/error",
     }
+
+
+def test_a_sweep_goes_from_nothing_to_its_report(run, capsys):
+    flags = ["--grid=gr=off,zero;lr.base=1e-2,1e-3", "--seeds=3", "--config.epochs=2"]
+    assert run(*flags, "--report") == 0
+    assert f"report: {run.out / 'report' / 'index.html'}\n" in capsys.readouterr().out
+    rows = (run.out / "report" / "tables" / "comparison.csv").read_text().splitlines()
+    means = {}
+    for row in csv.DictReader(rows):
+        means[row["setting"]] = float(row["test error (%)"]), int(row["test error (%), seeds"])
+    expected = {"lr 0.001": 0.1, "lr 0.01": 10.1}  # of seeds 0, 1 and 2, in percent
+    assert means == {
+        f"gr {policy}, {rate}": (pytest.approx(mean), 3)
+        for policy in ("off", "zero")
+        for rate, mean in expected.items()
+    }
+    page = (run.out / "report" / "index.html").read_text()
+    assert "12 of 12 finished" in page and "<svg" in page
+    assert (run.out / "report" / "figures" / "error_by_policy.png").exists()
 
 
 def test_what_is_done_is_not_done_again_and_a_grid_may_grow(run, capsys):
@@ -512,6 +532,7 @@ def test_real_trials_end_as_they_do_alone(tmp_path):
         *flags,
         "--grid=gr=off,zero",
         f"--out={tmp_path / 'sweep'}",
+        "--report",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -524,3 +545,5 @@ def test_real_trials_end_as_they_do_alone(tmp_path):
     ]
     assert results[0] == results[1]
     assert (tmp_path / "sweep/trials/gr=off,seed=0/report.html").exists()
+    for name in ("index.html", "interactive.html", "figures/gradient_norm_by_policy.png"):
+        assert (tmp_path / "sweep/report" / name).exists()
